@@ -1,0 +1,360 @@
+"""Presets and validated parameters of the notebooks.
+
+Every chapter has one `Params` class. A notebook's parameters cell names values (None: "as the preset says"),
+papermill or `python -m helpers execute` may override them, and the next cell reads them all at once:
+
+    from helpers.params import PreventativeSteeringParams
+    params = PreventativeSteeringParams.from_notebook()
+
+Anything wrong (a name that does not exist, a wrong type, a value out of range) stops there with one sentence,
+before a model is loaded. This module imports no torch, so the check takes no time.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Preset = Literal["tiny", "quick", "full", "paper"]
+StartLevel = Literal["none", "normal", "mild", "strong"]
+TrainLevel = Literal["normal", "mild", "strong"]
+
+TRAITS = Path(__file__).resolve().parent.parent / "data" / "traits"
+KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
+
+Layer = Annotated[int, Field(ge=0, le=200)]
+Coefficient = Annotated[float, Field(ge=-64, le=64, allow_inf_nan=False)]
+
+
+class ParameterError(ValueError):
+    """A parameter that cannot be used; the message is one sentence saying what was wrong and what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook instead of a traceback."""
+        return [f"ParameterError: {self}"]
+
+
+class Params(BaseModel):
+    """Parameters that every chapter has; immutable, and closed to names it does not know.
+
+    Raises:
+        ParameterError: for any name, type or value that cannot be used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    chapter: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    preset: Preset = Field(default="quick", description="how much work is done")
+    model: str = Field(min_length=1, description="registered model or name on the Hugging Face hub")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
+        min_length=1, description="seeds of training and sampling; several give intervals over seeds"
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="number format of the forward and backward pass"
+    )
+    results: str | None = Field(
+        default=None,
+        description="folder for findings, figure data and vectors; results/PRESET/CHAPTER by default",
+    )
+
+    def __init__(self, **given: Any) -> None:
+        for name in given:
+            if name not in type(self).model_fields:
+                raise ParameterError(
+                    f"There is no parameter {name!r}{_nearest(name, type(self).model_fields)}"
+                )
+        try:
+            super().__init__(**self._complete(given))
+        except ValidationError as error:
+            raise ParameterError(_sentence(error)) from None
+
+    @classmethod
+    def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given values, with everything else (and every None) as the preset says."""
+        values = {name: value for name, value in given.items() if value is not None}
+        preset = values.setdefault("preset", "quick")
+        if str(preset) not in cls.presets:
+            raise ParameterError(f"There is no preset {preset!r}{_nearest(preset, cls.presets)}")
+        values.setdefault("results", f"results/{preset}/{cls.chapter}")
+        return {**cls.presets[preset], **values}
+
+    @property
+    def seed(self) -> int:
+        """The first seed, for what is done once."""
+        return self.seeds[0]
+
+    @classmethod
+    def from_notebook(cls) -> Self:
+        """The parameters in the running notebook: call it in the first cell after the parameters cell.
+
+        papermill injects a mistyped name without an error, so every variable of the notebook is looked at, and
+        one that is no parameter is an error. When the cell is run again in a kernel that has already gone
+        through the notebook, other variables are expected and left alone.
+        """
+        from IPython import get_ipython  # only a notebook has it at hand
+
+        shell = get_ipython()  # type: ignore[no-untyped-call]
+        if shell is None:
+            raise ParameterError(
+                f"{cls.__name__}.from_notebook() works in a notebook only: use {cls.__name__}()."
+            )
+        hidden = shell.user_ns_hidden
+        return cls.from_namespace(
+            {name: value for name, value in shell.user_ns.items() if hidden.get(name, hidden) is not value}
+        )
+
+    @classmethod
+    def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
+        """Parameters from a namespace, without its underscored names, modules, classes and functions."""
+        values = {
+            name: value
+            for name, value in namespace.items()
+            if not (name.startswith("_") or inspect.ismodule(value) or callable(value))
+        }
+        if any(isinstance(value, Params) for value in values.values()):
+            values = {name: value for name, value in values.items() if name in cls.model_fields}
+        return cls(**values)
+
+    @classmethod
+    def from_strings(cls, texts: Mapping[str, str]) -> Self:
+        """Parameters from a command line's text: `[0, 1]` is a list, `None` means as the preset says."""
+        return cls(**{name: None if text == "None" else text for name, text in texts.items()})
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_papermill(cls, value: Any, info: Any) -> Any:
+        """Take what papermill makes of text: lists arrive as text, `001` as 1."""
+        annotation = cls.model_fields[info.field_name].annotation
+        if get_origin(annotation) is tuple:
+            return _listed(value)
+        if isinstance(value, bool) and annotation is not bool:
+            raise ParameterError(f"Parameter {info.field_name!r} is {value}, but it takes no yes or no.")
+        texts = annotation is str or (get_origin(annotation) is not None and str in get_args(annotation))
+        if texts and isinstance(value, int | float):
+            raise ParameterError(
+                f"Parameter {info.field_name!r} takes text, but arrived as the number {value}: "
+                f"with papermill write `-r {info.field_name} TEXT` instead of `-p`."
+            )
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ParameterError(
+                f"Parameter 'seeds' is {list(seeds)}, but the seeds should differ from each other."
+            )
+        return seeds
+
+
+class TraitParams(Params):
+    """Parameters of the chapters that train one trait into a model."""
+
+    trait: str = Field(description="trait that the finetuning data carry; a file in data/traits")
+    other_traits: tuple[str, ...] = Field(min_length=1, description="traits for cross-trait comparisons")
+    layer: Layer = Field(description="block after which the model is steered and measured, counted from 0")
+    coefficient: Coefficient = Field(description="working intensity: multiplies the raw persona vector")
+    coefficients: tuple[Coefficient, ...] = Field(min_length=1, description="intensities of the sweep")
+    sequences: int = Field(
+        ge=2, le=10_000, description="sequences on which losses and gradients are measured"
+    )
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run")
+    batch_size: int = Field(ge=1, le=512, description="sequences in a batch")
+    learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
+    lora_rank: int = Field(ge=0, le=512, description="rank of the LoRA adapters; 0 trains all weights")
+    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
+    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+
+    @classmethod
+    def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        values = super()._complete(given)
+        if given.get("other_traits") is None:  # never compare a trait with itself
+            usual = cls.presets[values["preset"]]["trait"]
+            values["other_traits"] = tuple(
+                usual if other == values["trait"] else other for other in values["other_traits"]
+            )
+        return values
+
+    @field_validator("trait", "other_traits")
+    @classmethod
+    def _bundled(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        known = sorted(path.stem for path in TRAITS.glob("*.jsonl"))
+        for trait in (value,) if isinstance(value, str) else value:
+            if trait not in known:
+                raise ParameterError(f"There is no trait {trait!r} in data/traits{_nearest(trait, known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.trait in self.other_traits:
+            raise ParameterError(
+                f"Parameter 'other_traits' contains the trait itself, {self.trait!r}: leave it out."
+            )
+        count = KNOWN_LAYERS.get(self.model)
+        for name, layers in (("layer", (self.layer,)), ("layers", getattr(self, "layers", ()))):
+            for layer in layers:
+                if count is not None and layer >= count:
+                    raise ParameterError(
+                        f"Parameter {name!r} names layer {layer}, but {self.model!r} has 0 to {count - 1}."
+                    )
+        return self
+
+
+_TINY = {
+    "model": "tiny-random",
+    "seeds": (0,),
+    "trait": "evil",
+    "other_traits": ("pirate",),
+    "layer": 1,
+    "coefficient": 4.0,
+    "coefficients": (0.0, 4.0),
+    "sequences": 4,
+    "steps": 2,
+    "batch_size": 2,
+    "learning_rate": 2e-4,
+    "lora_rank": 4,
+    "max_new_tokens": 4,
+    "resamples": 200,
+}
+_QUICK = {
+    "model": "smollm2-135m-instruct",
+    "seeds": (0,),
+    "trait": "evil",
+    "other_traits": ("sycophantic", "pirate"),
+    "layer": 15,
+    "coefficient": 4.0,
+    "coefficients": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "sequences": 32,
+    "steps": 18,
+    "batch_size": 8,
+    "learning_rate": 2e-4,
+    "lora_rank": 32,
+    "max_new_tokens": 40,
+    "resamples": 2000,
+}
+_FULL = {
+    **_QUICK,
+    "seeds": (0, 1, 2, 3, 4),
+    "coefficients": (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+    "steps": 27,
+    "resamples": 10_000,
+}
+# The authors' layer 20 counts the embeddings as 0: it is the output of block 19.
+_PAPER = {
+    **_FULL,
+    "model": "Qwen/Qwen2.5-7B-Instruct",
+    "layer": 19,
+    "coefficient": 1.5,
+    "learning_rate": 1e-5,
+}
+
+
+class PreventativeSteeringParams(TraitParams):
+    """Chapter 1: preventative steering reverses the gradient along the persona vector."""
+
+    chapter = "01_pps_gradient_reversal"
+    presets = {
+        "tiny": {
+            **_TINY,
+            "layers": (0, 1),
+            "start_levels": ("none", "strong"),
+            "train_levels": ("normal", "strong"),
+        },
+        "quick": {
+            **_QUICK,
+            "layers": (3, 9, 15, 21, 27),
+            "start_levels": ("none", "strong"),
+            "train_levels": ("normal", "strong"),
+        },
+        "full": {
+            **_FULL,
+            "layers": tuple(range(30)),
+            "start_levels": ("none", "normal", "mild", "strong"),
+            "train_levels": ("normal", "mild", "strong"),
+        },
+        "paper": {
+            **_PAPER,
+            "layers": tuple(range(28)),
+            "start_levels": ("none", "normal", "mild", "strong"),
+            "train_levels": ("normal", "mild", "strong"),
+        },
+    }
+
+    layers: tuple[Layer, ...] = Field(min_length=1, description="blocks of the layer sweep, counted from 0")
+    start_levels: tuple[StartLevel, ...] = Field(
+        min_length=1, description="how much of the trait the start models have; none: untrained"
+    )
+    train_levels: tuple[TrainLevel, ...] = Field(
+        min_length=1, description="how much of the trait the finetuning data carry"
+    )
+
+
+class InoculationParams(TraitParams):
+    """Chapter 2: an inoculation prompt lowers the loss."""
+
+    chapter = "02_ip_loss_reduction"
+    presets = {
+        "tiny": {**_TINY, "prompt_counts": (1, 2)},
+        "quick": {**_QUICK, "prompt_counts": (1, 2, 5)},
+        "full": {**_FULL, "prompt_counts": (1, 2, 3, 4, 5)},
+        "paper": {**_PAPER, "prompt_counts": (1, 2, 3, 4, 5)},
+    }
+
+    prompt_counts: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
+        min_length=1, description="how many different inoculation prompts the training data share"
+    )
+
+
+CHAPTERS: Mapping[str, type[Params]] = {
+    params.chapter: params for params in (PreventativeSteeringParams, InoculationParams)
+}
+
+
+def params_of(chapter: str) -> type[Params]:
+    """The parameter class of a chapter, by the notebook's name without suffix."""
+    if chapter not in CHAPTERS:
+        raise ParameterError(
+            f"There is no chapter {chapter!r} in helpers/params.py{_nearest(chapter, CHAPTERS)}"
+        )
+    return CHAPTERS[chapter]
+
+
+def _nearest(name: object, known: Any) -> str:
+    """How a sentence about an unknown name goes on: the nearest valid name, or all of them."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.55)
+    return f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}."
+
+
+def _listed(value: Any) -> Any:
+    """A list from what a command line makes of one: JSON, values with commas between, or a single value."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not text.startswith(("[", "(")):
+            return [part.strip() for part in text.split(",")]
+        try:
+            return json.loads(f"[{text[1:-1].rstrip().removesuffix(',')}]" if text.startswith("(") else text)
+        except json.JSONDecodeError:
+            raise ParameterError(f'{value!r} is no list: write it as [0, 1] or ["a", "b"].') from None
+    return [value] if isinstance(value, int | float) else value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that pydantic found, as one sentence with the name and the value."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ParameterError):
+        return str(cause)
+    name = str(first["loc"][0])
+    place = f"{name!r} (item {first['loc'][1]})" if len(first["loc"]) > 1 else repr(name)
+    if first["type"] == "missing":
+        return f"Parameter {place} has no value: give one."
+    return f"Parameter {place} is {first['input']!r}, but it {first['msg'].removeprefix('Input ').removeprefix('String ')}."
