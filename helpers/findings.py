@@ -1,0 +1,507 @@
+"""Claims, verdicts, and the record that a chapter leaves behind.
+
+`book/claims.yml` says what each source claims and which number would decide it. A notebook measures that
+number, asks `Findings.judge` for the verdict, and saves everything beside the executed notebook. A verdict is
+never typed by hand: it follows from the estimate, its interval and the controls.
+
+    findings = Findings(params, provenance(params, model))
+    findings.judge("pps.undefended-cosine-negative", share(negative.sum(), negative.size))
+    findings.claim_box()
+    findings.save()
+"""
+
+import csv
+import difflib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import yaml
+from IPython.display import Markdown
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from helpers.statistics import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PROJECT = Path(__file__).resolve().parents[1]
+CLAIMS_FILE = PROJECT / "book" / "claims.yml"
+PACKAGES = (
+    "helpers",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "peft",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)
+_IMPORTED = time.monotonic()
+
+Verdict = Literal["reproduced", "direction only", "not reproduced", "not judged"]
+
+
+class FindingError(ValueError):
+    """A claim, estimate or table that cannot be recorded; the message says what to do."""
+
+
+class Claim(BaseModel):
+    """One statement of a source, and the number that decides whether it holds here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    """Short name such as `pps.reversal`."""
+    chapter: str
+    """File name of the notebook that measures it, without `.ipynb`."""
+    statement: str
+    """What is claimed, in one sentence."""
+    source: str
+    """The paper or post that claims it."""
+    where: str
+    """Figure, table or section of the source."""
+    source_value: float | None = None
+    """The source's own number for the same metric, if it gives one."""
+    metric: str
+    """What is measured here."""
+    unit: str
+    """Unit of value, threshold and no_effect."""
+    direction: Literal["above", "below"]
+    """On which side of `no_effect` the claim puts the value."""
+    threshold: float
+    """The value that counts as reproduced: at least this (above) or at most this (below)."""
+    no_effect: float
+    """The value that would be measured if the claimed effect did not exist."""
+    note: str = ""
+    """Anything a reader must know about the source's number."""
+
+    def met_by(self, value: float) -> bool:
+        """Whether `value` reaches the threshold on the claimed side."""
+        return value >= self.threshold if self.direction == "above" else value <= self.threshold
+
+    def excludes_no_effect(self, estimate: Estimate) -> bool:
+        """Whether the whole interval lies on the claimed side of `no_effect`."""
+        if self.direction == "above":
+            return estimate.low > self.no_effect
+        return estimate.high < self.no_effect
+
+
+def load_claims(path: Path = CLAIMS_FILE) -> dict[str, Claim]:
+    """Read the claims registry: id -> Claim, in the order of the file.
+
+    Raises FindingError if an entry is malformed, or an id appears twice.
+    """
+    claims: dict[str, Claim] = {}
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
+        try:
+            claim = Claim(**entry)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise FindingError(
+                f"{path.name}: claim {entry.get('id', '(without id)')!r}, field "
+                f"{'.'.join(map(str, problem['loc']))!r}: {problem['msg']}; correct that entry."
+            ) from error
+        if claim.id in claims:
+            raise FindingError(f"{path.name}: the id {claim.id!r} appears twice; give each claim its own id.")
+        claims[claim.id] = claim
+    return claims
+
+
+@cache
+def _registry() -> dict[str, Claim]:
+    return load_claims()
+
+
+@dataclass(frozen=True)
+class Control:
+    """A measurement that must come out a certain way for a claim to count as reproduced."""
+
+    name: str
+    """What was held against the claim, such as "random vector of equal norm"."""
+    estimate: Estimate | float
+    """What the control measured."""
+    passed: bool
+    """Whether it came out as it must if the claim is right for the right reason."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim after measurement."""
+
+    claim: str
+    value: float
+    low: float
+    high: float
+    n: int
+    """Number of measurements behind the value, usually sequences."""
+    seeds: tuple[int, ...]
+    controls: tuple[Control, ...]
+    verdict: Verdict
+    reason: str
+    """Why this verdict, in one sentence."""
+
+    def record(self) -> dict[str, Any]:
+        """The finding as JSON-ready values; a number that is not finite becomes None."""
+        return {
+            "claim": self.claim,
+            "value": _finite(self.value),
+            "low": _finite(self.low),
+            "high": _finite(self.high),
+            "n": self.n,
+            "seeds": list(self.seeds),
+            "controls": [
+                {"name": c.name, **_estimate_record(c.estimate), "passed": bool(c.passed)}
+                for c in self.controls
+            ],
+            "verdict": self.verdict,
+            "reason": self.reason,
+        }
+
+
+def verdict(
+    claim: Claim, estimate: Estimate, controls: Sequence[Control] = (), *, preset: str
+) -> tuple[Verdict, str]:
+    """The verdict on a claim and the reason for it.
+
+    *reproduced*: the value meets the threshold, the interval excludes `no_effect` on the claimed side, and
+    every control passed. *direction only*: the interval does, but the threshold or a control fails.
+    *not reproduced*: the interval does not. *not judged*: the model is random (preset `tiny`), or
+    there is no number.
+    """
+    if preset == "tiny":
+        return "not judged", "The tiny preset runs a random model, which can only show that the code works."
+    if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))):
+        return "not judged", "The measurement gave no finite number or interval."
+    if not claim.excludes_no_effect(estimate):
+        return (
+            "not reproduced",
+            f"The interval does not lie {claim.direction} {_number(claim.no_effect)}, which is no effect.",
+        )
+    failed = [control.name for control in controls if not control.passed]
+    if not claim.met_by(estimate.value):
+        limit = "at least" if claim.direction == "above" else "at most"
+        return "direction only", f"The value is not {limit} {_number(claim.threshold)}."
+    if failed:
+        return "direction only", f"This control did not come out as it must: {', '.join(failed)}."
+    return (
+        "reproduced",
+        "The value meets the threshold, the interval excludes no effect, and all controls passed.",
+    )
+
+
+class LoadedModel(Protocol):
+    """What provenance needs to know of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def device(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+class RunParams(Protocol):
+    """What findings need to know of a notebook's parameters; every `helpers.params.Params` has it."""
+
+    @property
+    def preset(self) -> str: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def results(self) -> str | None: ...
+    @property
+    def chapter(self) -> str: ...
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a run come from."""
+
+    chapter: str
+    parameters: Mapping[str, Any]
+    model: str
+    digest: str
+    seeds: tuple[int, ...]
+    device: str
+    dtype: str
+    versions: Mapping[str, str]
+    started: float
+    """Monotonic clock at the start of the run, in seconds."""
+
+    @property
+    def minutes(self) -> float:
+        """Minutes from the start of the run until now."""
+        return (time.monotonic() - self.started) / 60
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON-ready values, with the minutes up to now."""
+        return {
+            "chapter": self.chapter,
+            "preset": self.parameters["preset"],
+            "model": self.model,
+            "digest": self.digest,
+            "seeds": list(self.seeds),
+            "device": self.device,
+            "dtype": self.dtype,
+            "versions": dict(self.versions),
+            "minutes": round(self.minutes, 2),
+            "parameters": dict(self.parameters),
+        }
+
+    def box(self) -> Markdown:
+        """A table for the reader of the notebook."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        parameters = ", ".join(
+            f"`{name}={json.dumps(value)}`" for name, value in self.parameters.items() if value is not None
+        )
+        rows = {
+            "Model": f"{self.model} (SHA-256 `{self.digest[:16]}`)",
+            "Preset": self.parameters["preset"],
+            "Seeds": ", ".join(map(str, self.seeds)),
+            "Device": f"{self.device}, {self.dtype}",
+            "Versions": versions,
+            "Minutes": f"{self.minutes:.1f}",
+            "Parameters": parameters,
+        }
+        return Markdown(_markdown_table(("Provenance", "of this run"), rows.items()))
+
+
+def provenance(params: RunParams, model: LoadedModel, *, started: float | None = None) -> Provenance:
+    """Collect where a run's numbers come from.
+
+    `started` is a `time.monotonic()` reading; without it, minutes count from the import of this module.
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Provenance(
+        chapter=params.chapter,
+        parameters=params.model_dump(mode="json"),
+        model=model.name,
+        digest=model.digest,
+        seeds=tuple(params.seeds),
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions=versions,
+        started=_IMPORTED if started is None else started,
+    )
+
+
+@dataclass
+class Findings:
+    """Collects a chapter's findings and glued numbers, and saves them.
+
+    Files go to `params.results`, by default `results/{preset}/{chapter}`;
+    a relative path starts at the project.
+    """
+
+    params: RunParams
+    provenance: Provenance
+    claims: Mapping[str, Claim] = field(default_factory=_registry)
+    found: dict[str, Finding] = field(default_factory=dict, init=False)
+    glued: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's files go."""
+        return PROJECT / (self.params.results or f"results/{self.params.preset}/{self.params.chapter}")
+
+    def judge(
+        self, claim_id: str, estimate: Estimate, controls: Sequence[Control] = (), reason: str = ""
+    ) -> Finding:
+        """Give the verdict on a claim, and remember it. `reason` is added to the reason that the rule gives.
+
+        Raises FindingError if the claim is unknown or belongs to another chapter.
+        """
+        claim = self.claims.get(claim_id)
+        if claim is None:
+            near = difflib.get_close_matches(claim_id, self.claims, n=1, cutoff=0)
+            raise FindingError(
+                f"There is no claim {claim_id!r} in book/claims.yml; did you mean {''.join(near)!r}?"
+            )
+        if claim.chapter != self.params.chapter:
+            raise FindingError(
+                f"The claim {claim_id!r} belongs to {claim.chapter}, not to {self.params.chapter}; "
+                "judge it there."
+            )
+        decided, why = verdict(claim, estimate, controls, preset=self.params.preset)
+        finding = Finding(
+            claim=claim_id,
+            value=float(estimate.value),
+            low=float(estimate.low),
+            high=float(estimate.high),
+            n=int(estimate.n),
+            seeds=tuple(self.params.seeds),
+            controls=tuple(controls),
+            verdict=decided,
+            reason=f"{why} {reason}".strip(),
+        )
+        self.found[claim_id] = finding
+        return finding
+
+    def glue(self, name: str, value: Any, fmt: str = "") -> str:
+        """Make a number available to the prose as {glue:text}`name`, formatted by the format spec `fmt`.
+
+        Returns the text that the prose will show.
+        """
+        from myst_nb import glue  # here, because it imports Sphinx, which no other use of findings needs
+
+        plain = value.item() if hasattr(value, "item") else value
+        text = format(plain, fmt)
+        glue(name, _Plain(text), display=False)
+        self.glued[name] = {"value": _finite(plain), "text": text}
+        return text
+
+    def claim_box(self) -> Markdown:
+        """The chapter's claims with what was measured and the verdicts, as a table."""
+        rows = []
+        for claim in self._chapter_claims():
+            finding = self.found.get(claim.id)
+            if finding is None:
+                rows.append(
+                    (claim.statement, _expectation(claim), "", "", "not judged: not measured in this run")
+                )
+                continue
+            measured = (
+                f"{_number(finding.value)} [{_number(finding.low)}, {_number(finding.high)}], n = {finding.n}"
+            )
+            controls = "; ".join(f"{c.name}: {'passed' if c.passed else 'failed'}" for c in finding.controls)
+            outcome = f"**{finding.verdict}**"
+            if finding.verdict != "reproduced":
+                outcome += f": {finding.reason}"
+            rows.append((claim.statement, _expectation(claim), measured, controls or "none", outcome))
+        header = ("Claim", "Counts as reproduced if", "Measured here, 95% interval", "Controls", "Verdict")
+        return Markdown(_markdown_table(header, rows))
+
+    def table(self, name: str, rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> Path:
+        """Save the numbers of a figure as `{name}.csv`, and return its path.
+
+        Raises FindingError if the name is no plain file name, or there are no rows.
+        """
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "findings":
+            raise FindingError(
+                f"{name!r} cannot name a table; use lower-case letters, digits, '-' and '_', "
+                "and not 'findings'."
+            )
+        records = rows.to_dict("records") if hasattr(rows, "to_dict") else [dict(row) for row in rows]
+        if not records:
+            raise FindingError(f"The table {name!r} has no rows; pass the numbers that the figure shows.")
+        path = self.folder / f"{name}.csv"
+        _write(path, _csv(records))
+        return path
+
+    def save(self) -> Path:
+        """Write findings.json, findings.csv and provenance.json, each atomically; returns their folder.
+
+        findings.json is complete in itself, so that it can be kept as a reference run.
+        """
+        origin = self.provenance.record()
+        found = [self.found[claim.id].record() for claim in self._chapter_claims() if claim.id in self.found]
+        _write(self.folder / "provenance.json", _json(origin))
+        _write(self.folder / "findings.csv", _csv(_csv_rows(found)))
+        _write(self.folder / "findings.json", _json({**origin, "findings": found, "glued": self.glued}))
+        return self.folder
+
+    def _chapter_claims(self) -> list[Claim]:
+        return [claim for claim in self.claims.values() if claim.chapter == self.params.chapter]
+
+
+class _Plain:
+    """Text whose repr has no quotation marks, because a notebook stores an object's repr."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _estimate_record(estimate: Estimate | float) -> dict[str, Any]:
+    if isinstance(estimate, Estimate):
+        return {
+            "value": _finite(float(estimate.value)),
+            "low": _finite(float(estimate.low)),
+            "high": _finite(float(estimate.high)),
+            "n": int(estimate.n),
+        }
+    return {"value": _finite(float(estimate)), "low": None, "high": None, "n": None}
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _expectation(claim: Claim) -> str:
+    limit = "at least" if claim.direction == "above" else "at most"
+    source = "" if claim.source_value is None else f" (source: {_number(claim.source_value)})"
+    return f"{claim.metric}: {limit} {_number(claim.threshold)} {claim.unit}{source}"
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _csv_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            **row,
+            "seeds": " ".join(map(str, row["seeds"])),
+            "controls": "; ".join(
+                f"{control['name']}={'passed' if control['passed'] else 'failed'}"
+                for control in row["controls"]
+            ),
+        }
+        for row in found
+    ] or [dict.fromkeys(("claim", "value", "low", "high", "n", "seeds", "controls", "verdict", "reason"))]
+
+
+def _csv(records: Sequence[Mapping[Any, Any]]) -> str:
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record for record in records if any(value is not None for value in record.values()))
+    return text.getvalue()
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as part:
+        part.write(text)
+        part.flush()
+        os.fsync(part.fileno())
+    try:
+        os.replace(part.name, path)
+    except OSError:
+        os.unlink(part.name)
+        raise

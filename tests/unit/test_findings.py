@@ -1,0 +1,204 @@
+"""Verdicts follow from the numbers, and the record of a run is complete and honest."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.statistics import Estimate
+
+from helpers.findings import Claim, Control, FindingError, Findings, load_claims, provenance, verdict
+
+ABOVE = Claim(
+    id="a.rises",
+    chapter="01_a",
+    statement="It rises.",
+    source="A paper",
+    where="Fig. 1",
+    metric="share",
+    unit="share",
+    direction="above",
+    threshold=0.9,
+    no_effect=0.5,
+)
+BELOW = ABOVE.model_copy(
+    update={"id": "a.falls", "direction": "below", "threshold": 0.1, "source_value": 0.05}
+)
+OTHER = ABOVE.model_copy(update={"id": "b.other", "chapter": "02_b"})
+
+
+class RunParams(SimpleNamespace):
+    """Parameters of a run with the attributes that findings read."""
+
+    def model_dump(self, *, mode: str) -> dict[str, object]:
+        return {"preset": self.preset, "seeds": list(self.seeds)}
+
+
+def run(folder: Path, preset: str = "quick") -> Findings:
+    params = RunParams(preset=preset, seeds=(0, 1), results=str(folder), chapter="01_a")
+    model = SimpleNamespace(name="a-model", digest="f" * 64, device="cpu", dtype="torch.float32")
+    claims = {claim.id: claim for claim in (ABOVE, BELOW, OTHER)}
+    return Findings(params, provenance(params, model), claims)
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "low", "high", "expected"),
+    [
+        (ABOVE, 0.95, 0.8, 1.0, "reproduced"),
+        (ABOVE, 0.90, 0.8, 1.0, "reproduced"),
+        (ABOVE, 0.80, 0.6, 0.9, "direction only"),
+        (ABOVE, 0.95, 0.4, 1.0, "not reproduced"),
+        (ABOVE, 0.95, 0.5, 1.0, "not reproduced"),
+        (BELOW, 0.05, 0.0, 0.2, "reproduced"),
+        (BELOW, 0.20, 0.1, 0.4, "direction only"),
+        (BELOW, 0.05, 0.0, 0.6, "not reproduced"),
+        (BELOW, 0.95, 0.9, 1.0, "not reproduced"),
+        (ABOVE, float("nan"), 0.6, 0.9, "not judged"),
+        (ABOVE, 0.95, float("nan"), float("nan"), "not judged"),
+    ],
+)
+def test_the_verdict_follows_from_value_interval_and_threshold(claim, value, low, high, expected):
+    assert verdict(claim, Estimate(value, low, high, 20), preset="quick")[0] == expected
+
+
+def test_a_failed_control_turns_reproduced_into_direction_only_and_is_named():
+    controls = [Control("random vector", 0.4, passed=False), Control("placebo", 0.0, passed=True)]
+    decided, reason = verdict(ABOVE, Estimate(0.95, 0.8, 1.0, 20), controls, preset="quick")
+    assert decided == "direction only"
+    assert "random vector" in reason and "placebo" not in reason
+
+
+def test_a_random_model_is_never_judged():
+    assert verdict(ABOVE, Estimate(1.0, 0.9, 1.0, 20), preset="tiny")[0] == "not judged"
+
+
+def test_an_unknown_claim_is_an_error_that_names_the_nearest(tmp_path):
+    with pytest.raises(FindingError, match=r"did you mean 'a\.rises'"):
+        run(tmp_path).judge("a.rise", Estimate(1, 1, 1, 1))
+
+
+def test_a_claim_of_another_chapter_cannot_be_judged_here(tmp_path):
+    with pytest.raises(FindingError, match="belongs to 02_b"):
+        run(tmp_path).judge("b.other", Estimate(1, 1, 1, 1))
+
+
+def test_saved_findings_hold_what_was_measured_and_where_it_comes_from(tmp_path):
+    findings = run(tmp_path)
+    control = Control("random", Estimate(0.1, 0.0, 0.2, 7), passed=np.bool_(True))
+    findings.judge("a.rises", Estimate(np.float64(0.95), 0.8, 1.0, 20), [control], reason="Held out.")
+    findings.judge("a.falls", Estimate(float("nan"), 0, 1, 0))
+    findings.save()
+
+    saved = json.loads((tmp_path / "findings.json").read_text())
+    first, second = saved["findings"]
+    assert (first["claim"], first["value"], first["n"], first["seeds"]) == ("a.rises", 0.95, 20, [0, 1])
+    assert first["controls"] == [
+        {"name": "random", "value": 0.1, "low": 0.0, "high": 0.2, "n": 7, "passed": True}
+    ]
+    assert first["verdict"] == "reproduced" and first["reason"].endswith("Held out.")
+    assert second["value"] is None and second["verdict"] == "not judged"
+    assert {"preset", "device", "versions", "parameters"} <= saved.keys()
+    assert json.loads((tmp_path / "provenance.json").read_text())["digest"] == "f" * 64
+
+    rows = list(csv.DictReader((tmp_path / "findings.csv").open()))
+    assert [row["claim"] for row in rows] == ["a.rises", "a.falls"]
+    assert rows[0]["controls"] == "random=passed" and rows[1]["value"] == ""
+    assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
+
+
+def test_saving_before_anything_is_judged_gives_an_empty_list(tmp_path):
+    folder = run(tmp_path).save()
+    assert json.loads((folder / "findings.json").read_text())["findings"] == []
+    assert len((folder / "findings.csv").read_text().splitlines()) == 1
+
+
+def test_judging_a_claim_again_replaces_the_finding(tmp_path):
+    findings = run(tmp_path)
+    findings.judge("a.rises", Estimate(0.95, 0.8, 1.0, 20))
+    findings.judge("a.rises", Estimate(0.2, 0.1, 0.3, 20))
+    findings.save()
+    saved = json.loads((tmp_path / "findings.json").read_text())["findings"]
+    assert [row["verdict"] for row in saved] == ["not reproduced"]
+
+
+def test_a_figures_numbers_are_saved_from_rows_and_from_a_data_frame(tmp_path):
+    findings = run(tmp_path)
+    rows = [{"x": np.float64(0.5), "y": 1}, {"x": 2.0, "y": np.int64(3)}]
+    from_rows = findings.table("fig-1", rows).read_text()
+    assert from_rows == "x,y\n0.5,1\n2.0,3\n"
+    assert findings.table("fig-2", pd.DataFrame(rows)).read_text() == "x,y\n0.5,1\n2.0,3\n"
+
+
+@pytest.mark.parametrize("name", ["findings", "../escape", "Figure 1", ""])
+def test_a_table_cannot_overwrite_the_findings_or_leave_the_folder(tmp_path, name):
+    with pytest.raises(FindingError, match="cannot name a table"):
+        run(tmp_path).table(name, [{"x": 1}])
+
+
+def test_a_table_without_rows_is_an_error(tmp_path):
+    with pytest.raises(FindingError, match="no rows"):
+        run(tmp_path).table("empty", [])
+
+
+def test_a_glued_number_is_shown_formatted_without_quotation_marks_and_remembered(tmp_path):
+    from IPython.testing.globalipapp import start_ipython
+    from IPython.utils.capture import capture_output
+
+    start_ipython()
+    findings = run(tmp_path)
+    with capture_output() as captured:
+        assert findings.glue("share", np.float64(0.953), ".0%") == "95%"
+    (output,) = captured.outputs
+    assert output.data == {"application/papermill.record/text/plain": "95%"}
+    assert output.metadata["scrapbook"]["name"] == "share"
+    findings.save()
+    glued = json.loads((tmp_path / "findings.json").read_text())["glued"]
+    assert glued == {"share": {"value": 0.953, "text": "95%"}}
+
+
+def test_the_claim_box_lists_every_claim_of_the_chapter_and_no_other(tmp_path):
+    findings = run(tmp_path)
+    findings.judge("a.rises", Estimate(0.95, 0.8, 1.0, 20), [Control("random", 0.1, passed=True)])
+    lines = findings.claim_box().data.splitlines()
+    assert len(lines) == 4, "a header, a rule, two claims of this chapter"
+    assert (
+        "0.95 [0.8, 1], n = 20" in lines[2] and "random: passed" in lines[2] and "**reproduced**" in lines[2]
+    )
+    assert "not measured in this run" in lines[3] and "(source: 0.05)" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_minutes_count_from_the_given_start():
+    params = RunParams(preset="quick", seeds=(0,), results=None, chapter="01_a")
+    model = SimpleNamespace(name="a-model", digest="f" * 64, device="cpu", dtype="torch.bfloat16")
+    origin = provenance(params, model, started=time.monotonic() - 120)
+    assert 2 <= origin.minutes < 2.1
+    assert origin.record()["dtype"] == "bfloat16"
+    assert "| Minutes | 2.0 |" in origin.box().data
+
+
+def test_a_claim_registry_with_a_mistake_says_which_claim_and_field(tmp_path):
+    entry = ABOVE.model_dump() | {"direction": "up"}
+    file = tmp_path / "claims.yml"
+    file.write_text(json.dumps([entry]))
+    with pytest.raises(FindingError, match=r"'a\.rises', field 'direction'"):
+        load_claims(file)
+
+
+def test_a_claim_registry_with_the_same_id_twice_is_refused(tmp_path):
+    file = tmp_path / "claims.yml"
+    file.write_text(json.dumps([ABOVE.model_dump(), ABOVE.model_dump()]))
+    with pytest.raises(FindingError, match="appears twice"):
+        load_claims(file)
+
+
+def test_importing_findings_loads_neither_torch_nor_models():
+    code = "import sys, helpers.findings; print([m for m in ('torch', 'helpers.models') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
