@@ -1,13 +1,12 @@
 """A content-addressed store for expensive stages.
 
-Context: a notebook is run again and again, and most of its minutes go into stages whose inputs did not
-change.
-Intuition: the key of a result is the digest of everything that went into it - the stage's parameters, the model,
-the data and the helper code (as a syntax tree, so comments, docstrings and layout do not count). The same key is
-the same result.
+Context: a notebook is run again and again; most of its minutes go into stages whose inputs did not change.
+Intuition: the key of a result is the digest of everything that went into it - the stage's parameters, the
+model, the data and the helper code (as a syntax tree, so comments, docstrings and layout do not count). The
+same key is the same result.
 
-A result is two files: `{stage}/{key}.safetensors`, and beside it `{key}.json`, which says where it came from and
-holds the digest of the first. The second is written last, so a result without it was interrupted.
+A result is two files: `{stage}/{key}.safetensors`, and beside it `{key}.json`, which says where it came from
+and holds the digest of the first. The second is written last, so a result without it was interrupted.
 """
 
 import ast

@@ -63,7 +63,7 @@ class Params(BaseModel):
     )
     results: str | None = Field(
         default=None,
-        description="folder for findings, figure data and vectors; results/PRESET/CHAPTER by default",
+        description="folder for findings, figure data and vectors; None: results/PRESET/CHAPTER",
     )
 
     def __init__(self, **given: Any) -> None:
@@ -84,7 +84,6 @@ class Params(BaseModel):
         preset = values.setdefault("preset", "quick")
         if str(preset) not in cls.presets:
             raise ParameterError(f"There is no preset {preset!r}{_nearest(preset, cls.presets)}")
-        values.setdefault("results", f"results/{preset}/{cls.chapter}")
         return {**cls.presets[preset], **values}
 
     @property
@@ -96,13 +95,13 @@ class Params(BaseModel):
     def from_notebook(cls) -> Self:
         """The parameters in the running notebook: call it in the first cell after the parameters cell.
 
-        papermill injects a mistyped name without an error, so every variable of the notebook is looked at, and
-        one that is no parameter is an error. When the cell is run again in a kernel that has already gone
-        through the notebook, other variables are expected and left alone.
+        papermill injects a mistyped name without an error, so every variable of the notebook is looked at,
+        and one that is no parameter is an error. When the cell is run again in a kernel that has already
+        gone through the notebook, other variables are expected and left alone.
         """
         from IPython import get_ipython  # only a notebook has it at hand
 
-        shell = get_ipython()  # type: ignore[no-untyped-call]
+        shell = get_ipython()
         if shell is None:
             raise ParameterError(
                 f"{cls.__name__}.from_notebook() works in a notebook only: use {cls.__name__}()."
@@ -357,4 +356,5 @@ def _sentence(error: ValidationError) -> str:
     place = f"{name!r} (item {first['loc'][1]})" if len(first["loc"]) > 1 else repr(name)
     if first["type"] == "missing":
         return f"Parameter {place} has no value: give one."
-    return f"Parameter {place} is {first['input']!r}, but it {first['msg'].removeprefix('Input ').removeprefix('String ')}."
+    demand = first["msg"].removeprefix("Input ").removeprefix("String ")
+    return f"Parameter {place} is {first['input']!r}, but it {demand}."

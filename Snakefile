@@ -1,0 +1,107 @@
+"""The book as a graph of files: notebook + parameters -> executed notebook + findings -> pages -> HTML.
+
+    snakemake --cores 2 --config preset=quick
+    snakemake --cores 2 --config preset=quick 'parameters={"steps": 30}'
+
+Everything made lies in book/executed/{preset}/, a complete Jupyter Book source tree. A finished output is not made again
+unless its notebook, its parameters, a data file or a helper it uses changed, so an interrupted run resumes.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+from helpers.dependencies import helper_sources, notebook_sources
+from helpers.params import params_of
+
+PRESET = config.get("preset", "quick")
+GIVEN = config.get("parameters", {})
+TREE = f"book/executed/{PRESET}"
+SITE = f"{TREE}/_build/html"
+GENERATED = ["book/scoreboard", "book/status"]
+
+PAGES = [str(page) for page in parse_toc_yaml("_toc.yml")]
+CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
+PROSE = ["_config.yml", "_toc.yml"] + [
+    str(path)
+    for path in sorted(Path("book").rglob("*"))
+    if path.is_file() and path.parts[1] not in ("executed", "reference") and path.suffix != ".yml"
+]
+
+
+def given(chapter):
+    """The parameters from the command line that the chapter has."""
+    return {name: GIVEN[name] for name in sorted(GIVEN) if name in params_of(chapter).model_fields}
+
+
+for chapter in CHAPTERS:
+    params_of(chapter)(preset=PRESET, **given(chapter))
+for name in GIVEN:
+    if not any(name in given(chapter) for chapter in CHAPTERS):
+        params_of(CHAPTERS[0])(**{name: GIVEN[name]})  # says what the nearest name is
+
+shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+
+
+rule site:
+    input:
+        PROSE,
+        expand(f"{TREE}/{{page}}.md", page=GENERATED),
+        expand(f"{TREE}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
+    output:
+        f"{SITE}/index.html",
+        [f"{SITE}/{page}.html" for page in PAGES],
+    log:
+        f"logs/{PRESET}/site.log",
+    run:
+        for path in PROSE:
+            copy = Path(TREE, path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        # from nothing, so that every page there is one that this build made
+        shell("rm -rf {TREE}/_build && jupyter-book build {TREE} -W --keep-going > {log} 2>&1")
+
+
+rule pages:
+    input:
+        "book/claims.yml",
+        sorted(str(path) for path in Path("book/reference").glob("*.json")),
+        [str(path.relative_to(Path.cwd())) for path in helper_sources(["scoreboard"])],
+        expand(f"{TREE}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
+        expand(f"{TREE}/notebooks/{{chapter}}/findings.json", chapter=CHAPTERS),
+        expand(f"{TREE}/notebooks/{{chapter}}/provenance.json", chapter=CHAPTERS),
+    output:
+        expand(f"{TREE}/{{page}}.md", page=GENERATED),
+    shell:
+        "python -m helpers status --tree {TREE}"
+
+
+rule execute:
+    input:
+        "book/claims.yml",
+        lambda wildcards: [
+            str(path.relative_to(Path.cwd())) for path in notebook_sources(f"notebooks/{wildcards.chapter}.ipynb")
+        ],
+        sorted(str(path) for path in Path("data").rglob("*.jsonl")),
+        notebook="notebooks/{chapter}.ipynb",
+    output:
+        notebook=f"{TREE}/notebooks/{{chapter}}.ipynb",
+        findings=f"{TREE}/notebooks/{{chapter}}/findings.json",
+        provenance=f"{TREE}/notebooks/{{chapter}}/provenance.json",
+    params:
+        given=lambda wildcards: json.dumps(given(wildcards.chapter)),
+        options=lambda wildcards: " ".join(
+            f"-p {name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+            for name, value in given(wildcards.chapter).items()
+        ),
+        results=f"{TREE}/notebooks/{{chapter}}",
+    resources:
+        notebooks=1,
+    shell:
+        "rm -rf {params.results} && "
+        "python -m helpers execute {input.notebook} --output {output.notebook} "
+        "--preset {PRESET} --results {params.results} {params.options}"

@@ -1,0 +1,123 @@
+"""`python -m helpers execute / status / models`: what the Snakefile calls, and a reader may.
+
+    python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
+    python -m helpers status --tree book/executed/quick
+    python -m helpers models
+
+Modules are imported where they are needed, so a mistake in the command line is answered at once.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from helpers.params import ParameterError, params_of
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class CommandError(Exception):
+    """A command that could not be done; the message is one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a failure ends the process with status 1 and one sentence."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        if chosen.command == "execute":
+            given = {"preset": chosen.preset, "results": chosen.results, **dict(chosen.parameters)}
+            execute(
+                chosen.notebook,
+                chosen.output,
+                {name: text for name, text in given.items() if text is not None},
+            )
+        elif chosen.command == "status":
+            from helpers.scoreboard import write_pages
+
+            write_pages(chosen.tree)
+        else:
+            from helpers.models import REGISTRY
+
+            for card in REGISTRY.values():
+                print(f"{card.name:24} {card.layers:3} layers  width {card.width:5}  {card.source}")
+    except (CommandError, ParameterError) as error:
+        sys.exit(str(error))
+
+
+def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
+    """Execute a chapter's notebook with parameters given as text.
+
+    The parameters are checked before anything starts. The executed notebook appears whole or not at all; what a
+    failed run got done is kept beside it, as `.failed.ipynb`.
+
+    Raises:
+        ParameterError: if a parameter cannot be used.
+        CommandError: if there is no such notebook, or one of its cells fails.
+    """
+    if not notebook.is_file():
+        raise CommandError(f"There is no notebook {notebook}: name one of notebooks/*.ipynb.")
+    params = params_of(notebook.stem).from_strings(texts)
+    checked = params.model_dump(mode="json", include=set(texts))
+
+    import nbformat
+    import papermill
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = output.with_suffix(".failed.ipynb")
+    # Paths in the executed notebook count from the project's folder: it says nothing of this machine.
+    source, target = (os.path.relpath(path, PROJECT) for path in (notebook, output))
+    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.stem}.", suffix=".ipynb")
+    os.close(handle)
+    part = Path(name).resolve()
+    failed = failed.resolve()
+    output = output.resolve()
+    try:
+        with contextlib.chdir(PROJECT):
+            executed = papermill.execute_notebook(
+                source, os.path.relpath(part), checked, kernel_name="python3", cwd=".", progress_bar=True
+            )
+        executed.metadata.papermill.output_path = target
+        nbformat.write(executed, part)
+        part.write_text(part.read_text("utf-8").replace(f"{PROJECT}{os.sep}", ""), "utf-8")
+        part.replace(output)
+        failed.unlink(missing_ok=True)
+    except papermill.PapermillExecutionError as error:
+        part.replace(failed)
+        reason = f"{error.ename}: {error.evalue}".strip().rstrip(".")
+        raise CommandError(
+            f"{source} stopped at [{error.exec_count}] with {reason}; see {os.path.relpath(failed)}."
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers", description="Commands around the book's notebooks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("execute", help="execute a chapter's notebook with parameters")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("--output", type=Path, required=True, help="where the executed notebook goes")
+    run.add_argument("--preset", help="tiny, quick (default), full or paper")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help='a parameter of the chapter, such as: -p layer 12 -p seeds "[0, 1]"',
+    )
+    run.add_argument("--results", help="folder for findings, figure data and vectors")
+    pages = commands.add_parser("status", help="write the scoreboard and the status page of an executed book")
+    pages.add_argument(
+        "--tree", type=Path, required=True, help="the executed book, such as book/executed/quick"
+    )
+    commands.add_parser("models", help="list the registered models")
+    return parser

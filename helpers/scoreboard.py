@@ -1,0 +1,175 @@
+"""The two pages of the book that are made from recorded runs: the scoreboard and the status page.
+
+Everything on them is read from files: `findings.json` and `provenance.json` that each notebook saved, papermill's metadata in
+the executed notebooks, `book/claims.yml`, and reference runs in `book/reference/`. A reference run stands beside the
+run that made the book, in a column or table of its own.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from helpers.findings import Claim, load_claims
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+Run = Mapping[str, Any]
+"""A recorded run of a chapter: preset, model, digest, device, dtype, seeds, versions, minutes, parameters, findings."""
+
+
+def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -> None:
+    """Write `book/scoreboard.md` and `book/status.md` of an executed book.
+
+    Args:
+        tree: the executed book, such as `book/executed/quick`.
+        references: folder with one `{chapter}.json` a reference run; it may be missing.
+    """
+    claims = load_claims()
+    runs = _runs(sorted(tree.glob("notebooks/*/findings.json")), lambda path: path.parent.name)
+    kept = _runs(sorted(references.glob("*.json")), lambda path: path.stem)
+    cells = {
+        path.stem: nbformat.read(path, as_version=4) for path in sorted(tree.glob("notebooks/[!.]*.ipynb"))
+    }
+    pages = tree / "book"
+    pages.mkdir(parents=True, exist_ok=True)
+    (pages / "scoreboard.md").write_text(scoreboard(claims, runs, kept), "utf-8")
+    (pages / "status.md").write_text(status(runs, cells), "utf-8")
+
+
+def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references: Mapping[str, Run]) -> str:
+    """The scoreboard as Markdown: claims x runs with verdicts, then each run's numbers.
+
+    Args:
+        claims: id -> claim.
+        runs: chapter -> the run that made the book.
+        references: chapter -> reference run.
+    """
+    text = [
+        "# Scoreboard",
+        "What each source claims, and what came out. *Reproduced*: the number meets the threshold, its 95% interval "
+        "excludes no effect, and every control passed. *Direction only*: the interval excludes no effect, but the "
+        "threshold or a control fails. *Not judged*: no verdict is possible, for the reason given.",
+    ]
+    for chapter in sorted({claim.chapter for claim in claims.values()}):
+        here = [claim for claim in claims.values() if claim.chapter == chapter]
+        shown = [(f"this book: {_place(run)}", run) for run in [runs.get(chapter)] if run]
+        shown += [(f"reference: {_place(run)}", run) for run in [references.get(chapter)] if run]
+        text.append(f"## {{doc}}`../notebooks/{chapter}`")
+        rows = [[claim.statement, *(_verdict(run, claim) for _, run in shown)] for claim in here]
+        text.append(_table(["claim", *(label for label, _ in shown)], rows))
+        for label, run in shown:
+            text.append(f"**{label[0].upper()}{label[1:]}**")
+            text.append(_numbers(here, run))
+    if not references:
+        text.append("No reference run is kept in this copy of the book.")
+    return "\n\n".join(text) + "\n"
+
+
+def status(runs: Mapping[str, Run], notebooks: Mapping[str, Any]) -> str:
+    """The status page as Markdown: when and how long each notebook ran, on what, with which parameters.
+
+    Args:
+        runs: chapter -> its recorded run.
+        notebooks: chapter -> its executed notebook, with papermill's metadata.
+    """
+    times = []
+    for chapter, notebook in notebooks.items():
+        record = notebook.metadata.papermill
+        spent = {
+            number: cell.metadata.get("papermill", {}).get("duration") or 0
+            for number, cell in enumerate(notebook.cells, 1)
+        }
+        slowest = max(spent, key=lambda number: spent[number])
+        times.append(
+            [
+                f"{{doc}}`../notebooks/{chapter}`",
+                str(record.start_time)[:16].replace("T", " "),
+                f"{record.duration / 60:.1f}",
+                f"cell {slowest}, {spent[slowest] / 60:.1f}",
+                record.version,
+            ]
+        )
+    text = [
+        "# Status",
+        "How this copy of the book was made.",
+        _table(["notebook", "started (UTC)", "minutes", "slowest cell, minutes", "papermill"], times),
+    ]
+    for chapter, run in runs.items():
+        text.append(f"## {{doc}}`../notebooks/{chapter}`")
+        rows = [
+            ["model", f"{run['model']} (SHA-256 `{run['digest'][:16]}`)"],
+            ["device and number format", f"{run['device']}, {run['dtype']}"],
+            ["seeds", _listed(run["seeds"])],
+            ["versions", _listed(f"{name} {version}" for name, version in run["versions"].items())],
+            [
+                "parameters",
+                _listed(f"`{name} = {json.dumps(value)}`" for name, value in run["parameters"].items()),
+            ],
+        ]
+        text.append(_table(["", "used"], rows))
+    return "\n\n".join(text) + "\n"
+
+
+def _runs(paths: Iterable[Path], chapter: Any) -> dict[str, Run]:
+    return {chapter(path): json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def _place(run: Run) -> str:
+    """Which run it was, in a few words."""
+    return f"{run['preset']}, {run['parameters']['model']}, {run['device']}"
+
+
+def _finding(run: Run, claim: Claim) -> Mapping[str, Any] | None:
+    return next((finding for finding in run["findings"] if finding["claim"] == claim.id), None)
+
+
+def _verdict(run: Run, claim: Claim) -> str:
+    found = _finding(run, claim)
+    return f"**{found['verdict']}**" if found else "not judged"
+
+
+def _numbers(claims: Sequence[Claim], run: Run) -> str:
+    """Every number of a run, with interval, source and reason."""
+    rows = []
+    for claim in claims:
+        found = _finding(run, claim)
+        if found is None:
+            rows.append(
+                [f"`{claim.id}`", claim.metric, f"{claim.source}, {claim.where}", "", "", "", "not measured"]
+            )
+            continue
+        controls = [f"{c['name']}: {'passed' if c['passed'] else 'failed'}" for c in found["controls"]]
+        rows.append(
+            [
+                f"`{claim.id}`",
+                f"{claim.metric} ({claim.unit})" if claim.unit else claim.metric,
+                f"{claim.source}, {claim.where}"
+                + (f": {claim.source_value:g}" if claim.source_value is not None else ""),
+                f"{_short(found['value'])} [{_short(found['low'])}, {_short(found['high'])}]",
+                f"{found['n']}, {len(found['seeds'])}",
+                "; ".join(controls) or "none",
+                found["reason"],
+            ]
+        )
+    header = ["claim", "measured", "source, its number", "value [95%]", "n, seeds", "controls", "reason"]
+    return _table(header, rows)
+
+
+def _short(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )
