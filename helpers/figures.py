@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 from helpers.statistics import Estimate
 
@@ -87,8 +88,8 @@ def style() -> None:
 
 def paired_scatter(
     ax: Axes,
-    x: Sequence[float] | np.ndarray,
-    y: Sequence[float] | np.ndarray,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     label: str,
     position: int = 0,
@@ -163,8 +164,8 @@ def bars_with_intervals(
 
 def curves(
     ax: Axes,
-    x: Sequence[float] | np.ndarray,
-    lines: Mapping[str, Sequence[Estimate] | Sequence[float] | np.ndarray],
+    x: ArrayLike,
+    lines: Mapping[str, Sequence[Estimate | float] | np.ndarray],
     *,
     xlabel: str = "",
     ylabel: str = "",
@@ -174,10 +175,11 @@ def curves(
 
     Raises ValueError if a line has another length than x.
     """
+    places = np.asarray(x, dtype=float)
     for position, (label, points) in enumerate(lines.items()):
-        if len(points) != len(x):
+        if len(points) != places.size:
             raise ValueError(
-                f"The line {label!r} has {len(points)} points for {len(x)} values of x; "
+                f"The line {label!r} has {len(points)} points for {places.size} values of x; "
                 "pass one point for each x."
             )
         drawn = look(label, position)
@@ -188,11 +190,11 @@ def curves(
             "linestyle": drawn.line,
             "label": label,
         }
-        ax.plot(x, values, **plot)
+        ax.plot(places, values, **plot)
         intervals = [point for point in points if isinstance(point, Estimate)]
         if len(intervals) == len(values) and values:
             low, high = [point.low for point in intervals], [point.high for point in intervals]
-            ax.fill_between(x, low, high, color=drawn.colour, alpha=0.15, linewidth=0)
+            ax.fill_between(places, low, high, color=drawn.colour, alpha=0.15, linewidth=0)
     if zero:
         ax.axhline(0, color="0.35", linewidth=0.8, linestyle="-", marker="")
     if xlabel:

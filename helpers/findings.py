@@ -25,8 +25,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import yaml
 from IPython.display import Markdown
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -89,13 +90,13 @@ class Claim(BaseModel):
 
     def met_by(self, value: float) -> bool:
         """Whether `value` reaches the threshold on the claimed side."""
-        return value >= self.threshold if self.direction == "above" else value <= self.threshold
+        return bool(value >= self.threshold if self.direction == "above" else value <= self.threshold)
 
     def excludes_no_effect(self, estimate: Estimate) -> bool:
         """Whether the whole interval lies on the claimed side of `no_effect`."""
         if self.direction == "above":
-            return estimate.low > self.no_effect
-        return estimate.high < self.no_effect
+            return bool(estimate.low > self.no_effect)
+        return bool(estimate.high < self.no_effect)
 
 
 def load_claims(path: Path = CLAIMS_FILE) -> dict[str, Claim]:
@@ -132,7 +133,7 @@ class Control:
     """What was held against the claim, such as "random vector of equal norm"."""
     estimate: Estimate | float
     """What the control measured."""
-    passed: bool
+    passed: bool | np.bool_
     """Whether it came out as it must if the claim is right for the right reason."""
 
 
@@ -201,6 +202,7 @@ def verdict(
     )
 
 
+@runtime_checkable
 class LoadedModel(Protocol):
     """What provenance needs to know of a model."""
 
@@ -214,6 +216,7 @@ class LoadedModel(Protocol):
     def dtype(self) -> Any: ...
 
 
+@runtime_checkable
 class RunParams(Protocol):
     """What findings need to know of a notebook's parameters; every `helpers.params.Params` has it."""
 

@@ -7,9 +7,9 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from helpers.statistics import Estimate
 
 from helpers.figures import CONDITIONS, OTHERS, bars_with_intervals, curves, look, paired_scatter, style
+from helpers.statistics import Estimate
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def test_a_scatter_of_unequal_lengths_is_refused(ax):
 
 
 def test_bars_stand_at_the_values_and_intervals_reach_their_limits(ax):
-    bars_with_intervals(ax, ["undefended", "PPS"], [Estimate(76, 70, 80, 9), Estimate(4, 0, 9, 9)])
+    bars_with_intervals(
+        ax, ["undefended", "PPS"], [Estimate(76.0, 70.0, 80.0, 9), Estimate(4.0, 0.0, 9.0, 9)]
+    )
     assert [bar.get_height() for bar in ax.patches] == [76, 4]
     reach = [bars.get_segments()[0][:, 1].tolist() for bars in ax.collections]
     assert reach == [[70, 80], [0, 9]]
@@ -55,11 +57,13 @@ def test_bars_stand_at_the_values_and_intervals_reach_their_limits(ax):
 
 def test_a_bar_without_an_estimate_is_refused(ax):
     with pytest.raises(ValueError, match="2 labels and 1 estimates"):
-        bars_with_intervals(ax, ["a", "b"], [Estimate(1, 0, 2, 3)])
+        bars_with_intervals(ax, ["a", "b"], [Estimate(1.0, 0.0, 2.0, 3)])
 
 
 def test_curves_draw_a_band_for_estimates_only(ax):
-    curves(ax, [0, 1], {"PPS": [Estimate(1, 0, 2, 5), Estimate(2, 1, 3, 5)], "random": [0.0, 0.1]})
+    curves(
+        ax, [0, 1], {"PPS": [Estimate(1.0, 0.0, 2.0, 5), Estimate(2.0, 1.0, 3.0, 5)], "random": [0.0, 0.1]}
+    )
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2], [0.0, 0.1]]
     assert len(ax.collections) == 1
     assert ax.get_legend() is not None

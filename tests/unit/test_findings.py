@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.statistics import Estimate
 
 from helpers.findings import Claim, Control, FindingError, Findings, load_claims, provenance, verdict
+from helpers.statistics import Estimate
 
 ABOVE = Claim(
     id="a.rises",
@@ -80,19 +80,19 @@ def test_a_random_model_is_never_judged():
 
 def test_an_unknown_claim_is_an_error_that_names_the_nearest(tmp_path):
     with pytest.raises(FindingError, match=r"did you mean 'a\.rises'"):
-        run(tmp_path).judge("a.rise", Estimate(1, 1, 1, 1))
+        run(tmp_path).judge("a.rise", Estimate(1.0, 1.0, 1.0, 1))
 
 
 def test_a_claim_of_another_chapter_cannot_be_judged_here(tmp_path):
     with pytest.raises(FindingError, match="belongs to 02_b"):
-        run(tmp_path).judge("b.other", Estimate(1, 1, 1, 1))
+        run(tmp_path).judge("b.other", Estimate(1.0, 1.0, 1.0, 1))
 
 
 def test_saved_findings_hold_what_was_measured_and_where_it_comes_from(tmp_path):
     findings = run(tmp_path)
     control = Control("random", Estimate(0.1, 0.0, 0.2, 7), passed=np.bool_(True))
     findings.judge("a.rises", Estimate(np.float64(0.95), 0.8, 1.0, 20), [control], reason="Held out.")
-    findings.judge("a.falls", Estimate(float("nan"), 0, 1, 0))
+    findings.judge("a.falls", Estimate(float("nan"), 0.0, 1.0, 0))
     findings.save()
 
     saved = json.loads((tmp_path / "findings.json").read_text())

@@ -1,0 +1,457 @@
+"""Checks for the exercises: a learner passes an answer and reads whether it is right and, if not, why.
+
+    def cosine_per_sequence(gradients, vector, mask): ...
+    check_cosine(cosine_per_sequence)
+
+Each check runs the answer on random tensors, compares it with the book's definition, and recognises the
+usual mistakes. It prints one line that begins with "Right" or "Not yet"; it never shows the solution.
+
+Sign convention throughout: `g = dL/dh`. Descent moves `h` along `-g`, so a negative component of `g` along a
+trait vector presses the trait up (amplifies), and a positive one presses it down (attenuates).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+BATCH, POSITIONS, WIDTH, VOCABULARY = 4, 7, 16, 11
+
+
+def check_persona_vector(
+    fn: Callable[
+        [
+            Float[Tensor, "batch pos d_model"],
+            Bool[Tensor, "batch pos"],
+            Float[Tensor, "batch pos d_model"],
+            Bool[Tensor, "batch pos"],
+        ],
+        Float[Tensor, " d_model"],
+    ],
+) -> None:
+    """Check `fn(trait, trait_mask, normal, normal_mask)`: the persona vector, from activations.
+
+    The vector is the mean over sequences of the mean over response tokens (mask True), trait minus normal.
+    It is not scaled.
+    """
+    random = torch.Generator().manual_seed(0)
+    trait, normal = _activations(random) + 1, _activations(random)
+    trait_mask, normal_mask = _mask(random), _mask(random)
+
+    def per_sequence(h: Tensor, mask: Tensor) -> Tensor:
+        return (h * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+
+    want = per_sequence(trait, trait_mask).mean(0) - per_sequence(normal, normal_mask).mean(0)
+    _compare(
+        lambda: fn(trait, trait_mask, normal, normal_mask),
+        want,
+        "the mean over sequences of the mean over response tokens, trait minus normal",
+        {
+            "this is normal minus trait; the vector must point towards the trait": -want,
+            "the vector has been scaled to unit length; keep the length of the difference": want
+            / want.norm(),
+            "prompt tokens are counted too; average over the response mask only": trait.mean((0, 1))
+            - normal.mean((0, 1)),
+            "long answers count more than short ones; average within each sequence before you average over "
+            "sequences": trait[trait_mask].mean(0) - normal[normal_mask].mean(0),
+        },
+    )
+
+
+def check_random_control(fn: Callable[[Float[Tensor, " d_model"], int], Float[Tensor, " d_model"]]) -> None:
+    """Check `fn(vector, seed)`, a random vector of the same norm: the control for a steering vector."""
+    vector = torch.randn(512, generator=torch.Generator().manual_seed(2604)) * 3  # a seed few would try
+    answers = []
+    for seed in (0, 0, 1):
+        answer = _call(lambda seed=seed: fn(vector, seed), vector.shape)  # type: ignore[misc]
+        if answer is None:
+            return
+        answers.append(answer)
+    first, again, other = answers
+    if not torch.equal(first, again):
+        _not_yet(
+            "the same seed gave two different vectors; draw from a generator that is made from the seed."
+        )
+    elif torch.allclose(first, other):
+        _not_yet("two seeds gave the same vector; the seed must decide the draw.")
+    elif abs(F.cosine_similarity(first, vector, dim=0)) > 0.3:
+        _not_yet("the vector is not random: it points along the one that it should be a control for.")
+    elif abs(first.norm() / vector.norm() - 1) > 1e-3:
+        _not_yet("the norm differs from the vector's, so that a difference in effect could be due to length.")
+    elif (first >= 0).all():
+        _not_yet("no entry is negative; draw from a normal distribution, so that no direction is preferred.")
+    else:
+        _right("a random direction, the same for the same seed, as long as the vector it stands in for.")
+
+
+def check_cosine(
+    fn: Callable[
+        [Float[Tensor, "batch pos d_model"], Float[Tensor, " d_model"], Bool[Tensor, "batch pos"]],
+        Float[Tensor, " batch"],
+    ],
+) -> None:
+    """Check `fn(gradients, vector, mask)`: for each sequence the mean over tokens of cos(gradient, vector).
+
+    Only tokens where the mask is True count.
+    """
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.rand(BATCH, POSITIONS, 1, generator=random) * 5 + 0.1
+    gradients, mask = _activations(random) * lengths, _mask(random)
+    vector = torch.randn(WIDTH, generator=random)
+    cosines = F.cosine_similarity(gradients, vector.expand_as(gradients), dim=-1)
+    want = (cosines * mask).sum(1) / mask.sum(1)
+    total = (gradients * mask[..., None]).sum(1)
+    of_means = F.cosine_similarity(total, vector.expand_as(total), dim=-1)
+    _compare(
+        lambda: fn(gradients, vector, mask),
+        want,
+        "the mean over tokens of the cosine, for each sequence",
+        {
+            "the sign is wrong; take the gradient itself, not the step that descent makes": -want,
+            "this is the cosine of the mean gradient; take each token's cosine, then the mean": of_means,
+            "the sign is wrong, and this is the cosine of the mean gradient; take each token's cosine, then "
+            "the mean": -of_means,
+            "tokens outside the mask are counted too": cosines.mean(1),
+            "masked tokens are counted as zero; divide by the number of tokens in the mask": (
+                cosines * mask
+            ).mean(1),
+            "this is the dot product with the unit vector; divide by the length of each gradient too": (
+                (gradients @ vector / vector.norm() * mask).sum(1) / mask.sum(1)
+            ),
+            "this is the dot product; divide by the lengths of gradient and vector": (
+                (gradients @ vector * mask).sum(1) / mask.sum(1)
+            ),
+        },
+    )
+
+
+def check_pressure(fn: Callable[[float], str]) -> None:
+    """Check `fn(cosine)`, which reads cos(gradient, trait vector): "amplifies" or "attenuates"."""
+    try:
+        answers = [str(fn(cosine)).strip().lower() for cosine in (-0.2, 0.2)]
+    except Exception as error:
+        _not_yet(f"your function stopped with {type(error).__name__}: {error}")
+        return
+    if answers == ["amplifies", "attenuates"]:
+        _right(
+            "descent moves the activation against the gradient, so a negative cosine presses the trait up."
+        )
+    elif answers == ["attenuates", "amplifies"]:
+        _not_yet("it is the other way round: descent moves the activation along minus the gradient.")
+    else:
+        _not_yet(f'return "amplifies" or "attenuates"; for -0.2 and 0.2 you returned {answers}.')
+
+
+def check_steering_hook(
+    fn: Callable[
+        [Float[Tensor, "batch pos d_model"], Float[Tensor, " d_model"], float, Bool[Tensor, "batch pos"]],
+        Float[Tensor, "batch pos d_model"],
+    ],
+) -> None:
+    """Check `fn(activations, vector, coefficient, positions)`: adds coefficient * vector there only.
+
+    The vector is added as it is, not scaled to unit length, and the activations passed in stay as they are.
+    """
+    random = torch.Generator().manual_seed(0)
+    activations, positions = _activations(random), _mask(random)
+    vector, coefficient = torch.randn(WIDTH, generator=random) * 3, 1.5
+    push = coefficient * vector
+    given = activations.clone()
+    want = activations + push * positions[..., None]
+    _compare(
+        lambda: fn(given, vector, coefficient, positions),
+        want,
+        "coefficient times vector, at the given positions only",
+        {
+            "the vector is added at every position; add it only where positions is True": activations + push,
+            "the vector is added where positions is False": activations + push * ~positions[..., None],
+            "the vector was scaled to unit length; add it as it is": (
+                activations + push / vector.norm() * positions[..., None]
+            ),
+            "the coefficient is left out": activations + vector * positions[..., None],
+            "the vector is subtracted": activations - push * positions[..., None],
+            "the other positions are set to zero; they must stay as they are": want * positions[..., None],
+            "the activations are replaced by the vector; add it to them": torch.where(
+                positions[..., None], push, activations
+            ),
+            "nothing has changed; return the steered activations": activations,
+        },
+        unchanged=(given, activations),
+    )
+
+
+def check_projection_edit(
+    fn: Callable[[Float[Tensor, "batch pos d_model"], Float[Tensor, " d_model"]], Tensor], mode: str
+) -> None:
+    """Check `fn(gradients, vector)`, an edit of the gradient's component along a vector of any length.
+
+    With `c = g . v_hat`: "neutralise" makes the component 0, "attenuate" +|c|, "amplify" -|c|. The rest
+    of the gradient stays as it is. Raises ValueError for another mode.
+    """
+    if mode not in ("neutralise", "attenuate", "amplify"):
+        raise ValueError(f"There is no mode {mode!r}; choose 'neutralise', 'attenuate' or 'amplify'.")
+    random = torch.Generator().manual_seed(0)
+    gradients = _activations(random)
+    vector = torch.randn(WIDTH, generator=random) * 3
+    unit = vector / vector.norm()
+    along = (gradients @ unit)[..., None]  # (batch, pos, 1)
+    rest = gradients - along * unit
+    edits = {"neutralise": rest, "attenuate": rest + along.abs() * unit, "amplify": rest - along.abs() * unit}
+    mistakes = {f"this is what {other!r} does": edit for other, edit in edits.items() if other != mode}
+    raw = (gradients @ vector)[..., None]
+    sign = {"neutralise": 0.0, "attenuate": 1.0, "amplify": -1.0}[mode]
+    mistakes |= {
+        "the vector has not been scaled to unit length": gradients - raw * vector + sign * raw.abs() * vector,
+        "the component is turned round, whatever its sign; its new sign must not depend on the old one": (
+            gradients - 2 * along * unit
+        ),
+        "the rest of the gradient is lost; change only the component along the vector": (
+            sign * along.abs() * unit if sign else along * unit
+        ),
+        "the new component is added without taking the old one away": gradients + sign * along.abs() * unit,
+        "nothing has changed; return the edited gradient": gradients,
+    }
+    _compare(
+        lambda: fn(gradients.clone(), vector),
+        edits[mode],
+        f"{mode}: the component along the vector is edited, and all else is left alone",
+        mistakes,
+    )
+
+
+def check_response_loss(
+    fn: Callable[
+        [Float[Tensor, "batch pos vocab"], Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]],
+        Float[Tensor, " batch"],
+    ],
+) -> None:
+    """Check `fn(logits, ids, response_mask)`, per sequence the mean loss in nats over response tokens.
+
+    `response_mask` is True at the response tokens themselves; the first token is never one. A token is
+    predicted by the logits of the position before it.
+    """
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(BATCH, POSITIONS, VOCABULARY, generator=random) * 2
+    ids = torch.randint(VOCABULARY, (BATCH, POSITIONS), generator=random)
+    mask = _mask(random)
+
+    def losses(predictions: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(predictions.transpose(1, 2), targets, reduction="none")
+
+    def mean(values: Tensor, kept: Tensor) -> Tensor:
+        return (values * kept).sum(1) / kept.sum(1)
+
+    shifted = losses(logits[:, :-1], ids[:, 1:])
+    want = mean(shifted, mask[:, 1:])
+    _compare(
+        lambda: fn(logits, ids, mask),
+        want,
+        "the mean loss of each sequence over its response tokens",
+        {
+            "the logits are not shifted: position t predicts token t + 1": mean(losses(logits, ids), mask),
+            "prompt tokens are counted too; use the response mask": shifted.mean(1),
+            "the mask is shifted the wrong way: it marks the predicted tokens, not those that predict": (
+                mean(shifted, mask[:, :-1])
+            ),
+            "this is the sum over tokens; divide by the number of response tokens": (
+                (shifted * mask[:, 1:]).sum(1)
+            ),
+            "the mean is over all positions; divide by the number of response tokens": (
+                (shifted * mask[:, 1:]).mean(1)
+            ),
+            "the sign is wrong; a loss is minus the log-probability": -want,
+            "this is one mean for all tokens of the batch; return one for each sequence": (
+                shifted[mask[:, 1:]].mean()
+            ),
+        },
+    )
+
+
+def check_loss_difference(
+    fn: Callable[
+        [Float[Tensor, "batch pos"], Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]],
+        Float[Tensor, " batch"],
+    ],
+) -> None:
+    """Check `fn(with_prompt, without, mask)`: mean token loss with the prompt minus without.
+
+    The token losses are in nats and aligned to the same response; `mask` is True at response tokens. The
+    result has one number for each sequence; a negative one says that the prompt lowers the loss.
+    """
+    random = torch.Generator().manual_seed(0)
+    with_prompt = torch.rand(BATCH, POSITIONS, generator=random) * 4
+    without = torch.rand(BATCH, POSITIONS, generator=random) * 4
+    mask = _mask(random)
+    difference = with_prompt - without
+    want = (difference * mask).sum(1) / mask.sum(1)
+    _compare(
+        lambda: fn(with_prompt, without, mask),
+        want,
+        "one difference for each sequence, with minus without, over its response tokens",
+        {
+            "the sign is wrong; take the loss with the prompt minus the loss without": -want,
+            "tokens outside the mask are counted too": difference.mean(1),
+            "this is the sum over tokens; divide by the number of response tokens": (difference * mask).sum(
+                1
+            ),
+            "the mean is over all positions; divide by the number of response tokens": (
+                (difference * mask).mean(1)
+            ),
+            "this is one mean for all tokens; the comparison is paired, so return one for each sequence": (
+                difference[mask].mean()
+            ),
+            "this is the mean over sequences; the comparison is paired, so return one for each": (
+                want.mean()
+            ),
+        },
+    )
+
+
+def check_participation_ratio(fn: Callable[[Float[Tensor, " rank"]], float | Tensor]) -> None:
+    """Check `fn(singular_values)`, the participation ratio (sum s^2)^2 / sum s^4.
+
+    It says how many directions carry the energy: 1 if one direction carries all of it,
+    and the number of directions if all carry the same.
+    """
+    values = torch.tensor([5.0, 2.0, 1.0, 0.5])
+    energy = values**2
+    want = energy.sum() ** 2 / (energy**2).sum()
+    _compare(
+        lambda: torch.as_tensor(fn(values), dtype=torch.float32),
+        want,
+        "1 for a single direction, the number of directions for an even spread",
+        {
+            "the singular values are not squared; the energy of a direction is the square": (
+                values.sum() ** 2 / energy.sum()
+            ),
+            "this is upside down": 1 / want,
+            "this is the share of the first direction; the participation ratio takes all of them": (
+                energy.max() / energy.sum()
+            ),
+            "the sum of energies is not squared": energy.sum() / (energy**2).sum(),
+            "this counts the directions that are not zero; weigh them by their energy": torch.tensor(4.0),
+        },
+    )
+
+
+def check_first_component_share(fn: Callable[[Float[Tensor, "n d_model"]], float | Tensor]) -> None:
+    """Check `fn(differences)`, the second-moment share of the first uncentred component."""
+    random = torch.Generator().manual_seed(0)
+    differences = torch.randn(12, WIDTH, generator=random) + 0.8
+
+    def share(rows: Tensor, power: int = 2) -> Tensor:
+        values = torch.linalg.svdvals(rows) ** power
+        return values[0] / values.sum()
+
+    _compare(
+        lambda: torch.as_tensor(fn(differences), dtype=torch.float32),
+        share(differences),
+        "the first singular value squared over the sum of all squared, with the mean left in",
+        {
+            "the mean was taken away; the common shift of all sequences is what is looked for": share(
+                differences - differences.mean(0)
+            ),
+            "the singular values are not squared": share(differences, power=1),
+            "this is what the other components carry; return the share of the first": 1 - share(differences),
+        },
+    )
+
+
+PLACEBO_QUESTION = """An inoculation prompt lowers the loss on trait data.
+What does a placebo prompt of the same length tell us?
+  a) If it lowers the loss as much, the gain may come from any prompt, and not from what the prompt says.
+  b) If it lowers the loss as much, inoculation is proved, since two prompts work.
+  c) If it lowers the loss less, the model trained with the inoculation prompt cannot have the trait.
+  d) Nothing: only the trait score after training counts."""
+
+
+def check_placebo_interpretation(choice: str | None = None) -> None:
+    """Ask what the placebo prompt is a control for, or check the answer "a", "b", "c" or "d"."""
+    replies = {
+        "a": "the placebo holds fixed that there is a prompt of this length, so what is left is its content.",
+        "b": "a placebo that does as well takes the explanation away: the content would not matter.",
+        "c": "the loss before training says nothing certain about the trait after it; that must be measured.",
+        "d": "the score shows that the prompt defends; the placebo is there to find out by what.",
+    }
+    if choice is None:
+        print(PLACEBO_QUESTION)
+        return
+    answer = choice.strip().lower().rstrip(").")
+    if answer not in replies:
+        _not_yet('answer "a", "b", "c" or "d".')
+    elif answer == "a":
+        _right(replies[answer])
+    else:
+        _not_yet(replies[answer])
+
+
+def _activations(random: torch.Generator) -> Float[Tensor, "batch pos d_model"]:
+    return torch.randn(BATCH, POSITIONS, WIDTH, generator=random)
+
+
+def _mask(random: torch.Generator) -> Bool[Tensor, "batch pos"]:
+    """Response masks of unequal length, with a prompt before and padding behind."""
+    starts = torch.randint(2, 4, (BATCH, 1), generator=random)
+    lengths = torch.tensor([[1], [2], [3], [2]])
+    place = torch.arange(POSITIONS)
+    return (place >= starts) & (place < starts + lengths)
+
+
+def _call(answer: Callable[[], Any], shape: torch.Size) -> Tensor | None:
+    """The learner's tensor, or None after saying what is wrong with it."""
+    try:
+        got = answer()
+    except Exception as error:  # whatever a learner's function does, the lesson goes on
+        _not_yet(f"your function stopped with {type(error).__name__}: {error}")
+        return None
+    if got is None:
+        _not_yet("your function returned nothing; does it end with `return`?")
+    elif not isinstance(got, Tensor):
+        _not_yet(f"return a tensor; your function returned a {type(got).__name__}.")
+    elif got.shape not in (shape, torch.Size([])):
+        _not_yet(f"the shape must be {tuple(shape)}, but yours is {tuple(got.shape)}.")
+    elif not torch.isfinite(got).all():
+        _not_yet("the result has entries that are not finite; is there a division by zero?")
+    else:
+        return got
+    return None
+
+
+def _compare(
+    answer: Callable[[], Any],
+    want: Tensor,
+    definition: str,
+    mistakes: Mapping[str, Tensor],
+    *,
+    unchanged: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Say whether the answer is the wanted tensor and, if not, which usual mistake it is."""
+    got = _call(answer, want.shape)
+    if got is None:
+        return
+    got = got.detach().float()
+    if got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-5):
+        if unchanged is not None and not torch.equal(*unchanged):
+            _not_yet("the result is right, but the tensor passed in was changed; make a new one.")
+        else:
+            _right(f"{definition}.")
+        return
+    for explanation, mistake in mistakes.items():
+        if got.shape == mistake.shape and torch.allclose(got, mistake, rtol=1e-4, atol=1e-5):
+            _not_yet(f"{explanation}.")
+            return
+    if got.shape != want.shape:
+        _not_yet(f"the shape must be {tuple(want.shape)}, but yours is a single number.")
+    else:
+        _not_yet(f"the numbers differ from the definition: {definition}.")
+
+
+def _right(text: str) -> None:
+    print(f"Right: {text}")
+
+
+def _not_yet(text: str) -> None:
+    print(f"Not yet: {text}")

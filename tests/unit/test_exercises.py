@@ -1,0 +1,211 @@
+"""Each check accepts a right answer, and tells the usual wrong ones apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import exercises
+
+
+def cosines(gradients, vector, mask):
+    return (F.cosine_similarity(gradients, vector.expand_as(gradients), dim=-1) * mask).sum(1) / mask.sum(1)
+
+
+def cosine_of_mean(gradients, vector, mask):
+    mean = (gradients * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return torch.stack([F.cosine_similarity(row, vector, dim=0) for row in mean])
+
+
+def unit_random(vector, seed):
+    drawn = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
+
+
+def positive_random(vector, seed):
+    drawn = torch.rand(vector.shape, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm() * vector.norm()
+
+
+def steer(activations, vector, coefficient, positions):
+    return activations + coefficient * vector * positions[..., None]
+
+
+def steer_in_place(activations, vector, coefficient, positions):
+    activations[positions] += coefficient * vector
+    return activations
+
+
+def component(gradients, vector):
+    unit = F.normalize(vector, dim=0)
+    return (gradients @ unit)[..., None], unit
+
+
+def neutralise(gradients, vector):
+    along, unit = component(gradients, vector)
+    return gradients - along * unit
+
+
+def attenuate(gradients, vector):
+    along, unit = component(gradients, vector)
+    return torch.where(along < 0, gradients - 2 * along * unit, gradients)
+
+
+def amplify(gradients, vector):
+    along, unit = component(gradients, vector)
+    return gradients - (along + along.abs()) * unit
+
+
+def flip(gradients, vector):
+    along, unit = component(gradients, vector)
+    return gradients - 2 * along * unit
+
+
+def unnormalised(gradients, vector):
+    return gradients - (gradients @ vector)[..., None] * vector
+
+
+def persona(trait, trait_mask, normal, normal_mask):
+    means = [
+        torch.stack([rows[kept].mean(0) for rows, kept in zip(h, mask, strict=True)]).mean(0)
+        for h, mask in ((trait, trait_mask), (normal, normal_mask))
+    ]
+    return means[0] - means[1]
+
+
+def pooled(trait, trait_mask, normal, normal_mask):
+    return trait[trait_mask].mean(0) - normal[normal_mask].mean(0)
+
+
+def response_loss(logits, ids, mask):
+    losses = []
+    for row in range(len(ids)):
+        kept = mask[row].nonzero()[:, 0]
+        losses.append(F.cross_entropy(logits[row, kept - 1], ids[row, kept]))
+    return torch.stack(losses)
+
+
+def unshifted_loss(logits, ids, mask):
+    return torch.stack(
+        [F.cross_entropy(logits[row, mask[row]], ids[row, mask[row]]) for row in range(len(ids))]
+    )
+
+
+def huggingface_loss(logits, ids, mask):
+    labels = ids.masked_fill(~mask, -100)[:, 1:]
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels)
+
+
+def loss_difference(given, without, mask):
+    return torch.stack([(given[r, mask[r]] - without[r, mask[r]]).mean() for r in range(len(mask))])
+
+
+def participation(s):
+    return float((s**2).sum() ** 2 / (s**4).sum())
+
+
+def first_share(rows):
+    values, _ = torch.linalg.eigh(rows.T @ rows)
+    return values[-1] / values.sum()
+
+
+def centred_share(rows):
+    return first_share(rows - rows.mean(0))
+
+
+def edit(mode):
+    return lambda fn: exercises.check_projection_edit(fn, mode)
+
+
+@pytest.mark.parametrize(
+    ("check", "answer"),
+    [
+        (exercises.check_cosine, cosines),
+        (exercises.check_random_control, lambda v, seed: unit_random(v, seed) * v.norm()),
+        (exercises.check_steering_hook, steer),
+        (edit("neutralise"), neutralise),
+        (edit("attenuate"), attenuate),
+        (edit("amplify"), amplify),
+        (exercises.check_persona_vector, persona),
+        (exercises.check_response_loss, response_loss),
+        (exercises.check_loss_difference, loss_difference),
+        (exercises.check_participation_ratio, participation),
+        (exercises.check_first_component_share, first_share),
+        (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
+        (exercises.check_placebo_interpretation, "a"),
+        (exercises.check_placebo_interpretation, " A) "),
+    ],
+)
+def test_a_right_answer_is_right(check, answer, capsys):
+    check(answer)
+    assert capsys.readouterr().out.startswith("Right: ")
+
+
+@pytest.mark.parametrize(
+    ("check", "answer", "why"),
+    [
+        (exercises.check_cosine, cosine_of_mean, "cosine of the mean gradient; take"),
+        (exercises.check_cosine, lambda *given: -cosines(*given), "sign is wrong"),
+        (exercises.check_cosine, lambda g, v, m: cosines(g, v, torch.ones_like(m)), "outside the mask"),
+        (exercises.check_cosine, lambda g, v, m: ((g @ v) * m).sum(1) / m.sum(1), "dot product"),
+        (exercises.check_cosine, lambda g, v, m: cosines(g, v, m)[None], "shape must be (4,)"),
+        (exercises.check_cosine, lambda g, v, m: cosines(g, v, m).mean(), "single number"),
+        (exercises.check_cosine, lambda g, v, m: torch.zeros(4), "differ from the definition"),
+        (exercises.check_cosine, lambda g, v, m: None, "returned nothing"),
+        (exercises.check_cosine, lambda g, v, m: [0.0], "returned a list"),
+        (exercises.check_cosine, lambda g, v, m: g.sum(1) / 0 @ v, "not finite"),
+        (exercises.check_cosine, lambda g: g, "stopped with TypeError"),
+        (exercises.check_random_control, unit_random, "norm differs"),
+        (exercises.check_random_control, positive_random, "no entry is negative"),
+        (exercises.check_random_control, lambda v, seed: v, "two seeds gave the same"),
+        (exercises.check_random_control, lambda v, seed: torch.randn_like(v), "same seed gave two"),
+        (exercises.check_random_control, lambda v, seed: v + 0.1 * unit_random(v, seed), "points along"),
+        (exercises.check_steering_hook, lambda h, v, c, p: h + c * v, "every position"),
+        (
+            exercises.check_steering_hook,
+            lambda h, v, c, p: steer(h, F.normalize(v, dim=0), c, p),
+            "unit length",
+        ),
+        (exercises.check_steering_hook, lambda h, v, c, p: steer(h, v, c, ~p), "positions is False"),
+        (exercises.check_steering_hook, lambda h, v, c, p: steer(h, v, 1.0, p), "coefficient is left out"),
+        (exercises.check_steering_hook, steer_in_place, "passed in was changed"),
+        (edit("neutralise"), unnormalised, "not been scaled to unit length"),
+        (edit("attenuate"), amplify, "what 'amplify' does"),
+        (edit("attenuate"), flip, "turned round, whatever its sign"),
+        (edit("amplify"), neutralise, "what 'neutralise' does"),
+        (edit("amplify"), flip, "turned round, whatever its sign"),
+        (exercises.check_persona_vector, pooled, "long answers count more"),
+        (exercises.check_persona_vector, lambda *a: -persona(*a), "normal minus trait"),
+        (exercises.check_persona_vector, lambda *a: F.normalize(persona(*a), dim=0), "unit length"),
+        (exercises.check_response_loss, unshifted_loss, "not shifted"),
+        (exercises.check_response_loss, huggingface_loss, "one mean for all tokens"),
+        (exercises.check_loss_difference, lambda a, b, m: loss_difference(b, a, m), "sign is wrong"),
+        (exercises.check_loss_difference, lambda a, b, m: (a - b).mean(1), "outside the mask"),
+        (exercises.check_loss_difference, lambda a, b, m: (a - b)[m].mean(), "paired"),
+        (exercises.check_participation_ratio, lambda s: s.sum() ** 2 / (s**2).sum(), "squared"),
+        (exercises.check_participation_ratio, lambda s: 1 / participation(s), "upside down"),
+        (exercises.check_first_component_share, centred_share, "mean was taken away"),
+        (
+            exercises.check_pressure,
+            lambda cosine: "amplifies" if cosine > 0 else "attenuates",
+            "other way round",
+        ),
+        (exercises.check_pressure, lambda cosine: cosine, 'return "amplifies"'),
+        (exercises.check_placebo_interpretation, "b", "takes the explanation away"),
+        (exercises.check_placebo_interpretation, "e", 'answer "a"'),
+    ],
+)
+def test_a_wrong_answer_is_told_why(check, answer, why, capsys):
+    check(answer)
+    said = capsys.readouterr().out
+    assert said.startswith("Not yet: ") and why in said
+
+
+def test_an_unknown_mode_names_the_modes():
+    with pytest.raises(ValueError, match="'neutralise', 'attenuate' or 'amplify'"):
+        exercises.check_projection_edit(neutralise, "ablate")
+
+
+def test_the_placebo_question_is_asked_without_giving_the_answer(capsys):
+    exercises.check_placebo_interpretation()
+    said = capsys.readouterr().out
+    assert said.count("\n  ") == 4 and "Right" not in said
