@@ -1,1 +1,1 @@
-"""What the notebooks of the book share, one idea a module; import those (`from helpers.params import ...`)."""
+"""What the notebooks of the book share, one idea a module: `from helpers.params import ...`."""

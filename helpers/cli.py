@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
     """Execute a chapter's notebook with parameters given as text.
 
-    The parameters are checked before anything starts. The executed notebook appears whole or not at all; what a
-    failed run got done is kept beside it, as `.failed.ipynb`.
+    The parameters are checked before anything starts. The executed notebook appears whole or not at all; what
+    a failed run got done is kept beside it, as `.failed.ipynb`.
 
     Raises:
         ParameterError: if a parameter cannot be used.
@@ -78,7 +78,13 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
     try:
         with contextlib.chdir(PROJECT):
             executed = papermill.execute_notebook(
-                source, os.path.relpath(part), checked, kernel_name="python3", cwd=".", progress_bar=True
+                source,
+                os.path.relpath(part),
+                checked,
+                kernel_name="python3",
+                language="python",
+                cwd=".",
+                progress_bar=True,
             )
         executed.metadata.papermill.output_path = target
         nbformat.write(executed, part)

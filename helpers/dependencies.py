@@ -41,7 +41,7 @@ def helper_sources(code_or_modules: Iterable[str | ModuleType]) -> list[Path]:
 
 def notebook_sources(notebook: str | Path) -> list[Path]:
     """The files of helpers that a notebook uses, directly or through other helper modules, sorted."""
-    cells = nbformat.read(notebook, as_version=4).cells  # type: ignore[no-untyped-call]
+    cells = nbformat.read(notebook, as_version=4).cells
     # IPython's own lines (%matplotlib, !command, name?) are no Python and import nothing of ours
     lines = [
         line

@@ -15,13 +15,15 @@ import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Preset = Literal["tiny", "quick", "full", "paper"]
 StartLevel = Literal["none", "normal", "mild", "strong"]
 TrainLevel = Literal["normal", "mild", "strong"]
+
+P = TypeVar("P", bound="Params")  # not Self, which the type checks under test do not know
 
 TRAITS = Path(__file__).resolve().parent.parent / "data" / "traits"
 KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
@@ -92,7 +94,7 @@ class Params(BaseModel):
         return self.seeds[0]
 
     @classmethod
-    def from_notebook(cls) -> Self:
+    def from_notebook(cls: type[P]) -> P:
         """The parameters in the running notebook: call it in the first cell after the parameters cell.
 
         papermill injects a mistyped name without an error, so every variable of the notebook is looked at,
@@ -112,7 +114,7 @@ class Params(BaseModel):
         )
 
     @classmethod
-    def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
+    def from_namespace(cls: type[P], namespace: Mapping[str, Any]) -> P:
         """Parameters from a namespace, without its underscored names, modules, classes and functions."""
         values = {
             name: value
@@ -124,7 +126,7 @@ class Params(BaseModel):
         return cls(**values)
 
     @classmethod
-    def from_strings(cls, texts: Mapping[str, str]) -> Self:
+    def from_strings(cls: type[P], texts: Mapping[str, str]) -> P:
         """Parameters from a command line's text: `[0, 1]` is a list, `None` means as the preset says."""
         return cls(**{name: None if text == "None" else text for name, text in texts.items()})
 
@@ -193,7 +195,7 @@ class TraitParams(Params):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "TraitParams":
         if self.trait in self.other_traits:
             raise ParameterError(
                 f"Parameter 'other_traits' contains the trait itself, {self.trait!r}: leave it out."

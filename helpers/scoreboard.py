@@ -1,8 +1,8 @@
 """The two pages of the book that are made from recorded runs: the scoreboard and the status page.
 
-Everything on them is read from files: `findings.json` and `provenance.json` that each notebook saved, papermill's metadata in
-the executed notebooks, `book/claims.yml`, and reference runs in `book/reference/`. A reference run stands beside the
-run that made the book, in a column or table of its own.
+Everything on them is read from files: the `findings.json` that each notebook saved, papermill's metadata in
+the executed notebooks, `book/claims.yml`, and reference runs in `book/reference/`. A reference run stands
+beside the run that made the book, in a column or table of its own.
 """
 
 import json
@@ -17,7 +17,7 @@ from helpers.findings import Claim, load_claims
 PROJECT = Path(__file__).resolve().parent.parent
 
 Run = Mapping[str, Any]
-"""A recorded run of a chapter: preset, model, digest, device, dtype, seeds, versions, minutes, parameters, findings."""
+"""A chapter's run: preset, model, digest, device, dtype, seeds, versions, minutes, parameters, findings."""
 
 
 def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -> None:
@@ -30,13 +30,13 @@ def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -
     claims = load_claims()
     runs = _runs(sorted(tree.glob("notebooks/*/findings.json")), lambda path: path.parent.name)
     kept = _runs(sorted(references.glob("*.json")), lambda path: path.stem)
-    cells = {
-        path.stem: nbformat.read(path, as_version=4) for path in sorted(tree.glob("notebooks/[!.]*.ipynb"))
+    executed = {
+        chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs
     }
     pages = tree / "book"
     pages.mkdir(parents=True, exist_ok=True)
     (pages / "scoreboard.md").write_text(scoreboard(claims, runs, kept), "utf-8")
-    (pages / "status.md").write_text(status(runs, cells), "utf-8")
+    (pages / "status.md").write_text(status(runs, kept, executed), "utf-8")
 
 
 def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references: Mapping[str, Run]) -> str:
@@ -49,9 +49,9 @@ def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references:
     """
     text = [
         "# Scoreboard",
-        "What each source claims, and what came out. *Reproduced*: the number meets the threshold, its 95% interval "
-        "excludes no effect, and every control passed. *Direction only*: the interval excludes no effect, but the "
-        "threshold or a control fails. *Not judged*: no verdict is possible, for the reason given.",
+        "What each source claims, and what came out. *Reproduced*: the number meets the threshold, its 95% "
+        "interval excludes no effect, and every control passed. *Direction only*: the interval excludes no "
+        "effect, but the threshold or a control fails. *Not judged*: no verdict, for the reason given.",
     ]
     for chapter in sorted({claim.chapter for claim in claims.values()}):
         here = [claim for claim in claims.values() if claim.chapter == chapter]
@@ -68,11 +68,12 @@ def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references:
     return "\n\n".join(text) + "\n"
 
 
-def status(runs: Mapping[str, Run], notebooks: Mapping[str, Any]) -> str:
+def status(runs: Mapping[str, Run], references: Mapping[str, Run], notebooks: Mapping[str, Any]) -> str:
     """The status page as Markdown: when and how long each notebook ran, on what, with which parameters.
 
     Args:
-        runs: chapter -> its recorded run.
+        runs: chapter -> the run that made the book.
+        references: chapter -> reference run.
         notebooks: chapter -> its executed notebook, with papermill's metadata.
     """
     times = []
@@ -97,20 +98,25 @@ def status(runs: Mapping[str, Run], notebooks: Mapping[str, Any]) -> str:
         "How this copy of the book was made.",
         _table(["notebook", "started (UTC)", "minutes", "slowest cell, minutes", "papermill"], times),
     ]
-    for chapter, run in runs.items():
-        text.append(f"## {{doc}}`../notebooks/{chapter}`")
-        rows = [
-            ["model", f"{run['model']} (SHA-256 `{run['digest'][:16]}`)"],
-            ["device and number format", f"{run['device']}, {run['dtype']}"],
-            ["seeds", _listed(run["seeds"])],
-            ["versions", _listed(f"{name} {version}" for name, version in run["versions"].items())],
-            [
-                "parameters",
-                _listed(f"`{name} = {json.dumps(value)}`" for name, value in run["parameters"].items()),
-            ],
-        ]
-        text.append(_table(["", "used"], rows))
+    for heading, recorded in (("This book", runs), ("Reference runs", references)):
+        for chapter, run in recorded.items():
+            text += [f"## {heading}: {{doc}}`../notebooks/{chapter}`", _conditions(run)]
     return "\n\n".join(text) + "\n"
+
+
+def _conditions(run: Run) -> str:
+    """What a run was made with, as a table."""
+    parameters = (f"`{name} = {json.dumps(value)}`" for name, value in run["parameters"].items())
+    rows = [
+        ["model", f"{run['model']} (SHA-256 `{run['digest'][:16]}`)"],
+        ["preset", run["preset"]],
+        ["device and number format", f"{run['device']}, {run['dtype']}"],
+        ["seeds", _listed(run["seeds"])],
+        ["versions", _listed(f"{name} {version}" for name, version in run["versions"].items())],
+        ["minutes", f"{run['minutes']:.1f}"],
+        ["parameters", _listed(parameters)],
+    ]
+    return _table(["", "used"], rows)
 
 
 def _runs(paths: Iterable[Path], chapter: Any) -> dict[str, Run]:

@@ -1,0 +1,78 @@
+"""The command line executes a chapter whole or not at all, and answers a mistake with one sentence."""
+
+import json
+
+import nbformat
+import pytest
+
+from helpers import cli
+from helpers.params import InoculationParams, ParameterError
+
+CHAPTER = InoculationParams.chapter
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """A chapter in small: reads its parameters, and fails for layer 0."""
+    parameters = nbformat.v4.new_code_cell("preset = None\nlayer = None\nresults = None")
+    parameters.metadata.tags = ["parameters"]
+    code = (
+        "from helpers.params import InoculationParams\n"
+        "params = InoculationParams.from_notebook()\n"
+        "import helpers, json\n"
+        "print(json.dumps([params.preset, params.layer, params.results, helpers.__file__]))\n"
+        "1 / params.layer"
+    )
+    path = tmp_path / f"{CHAPTER}.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(code)]), path)
+    return path
+
+
+def run(notebook, output, *options):
+    cli.main(["execute", str(notebook), "--output", str(output), "--preset", "tiny", *options])
+
+
+def test_a_notebook_is_executed_with_the_given_parameters_and_names_no_absolute_path(notebook, tmp_path):
+    output = tmp_path / "made" / "out.ipynb"
+    run(notebook, output, "-p", "layer", "1", "--results", "results/x")
+    executed = nbformat.read(output, as_version=4)
+    printed = json.loads(executed.cells[-1].outputs[0].text)
+    assert printed == ["tiny", 1, "results/x", "helpers/__init__.py"]
+    assert str(cli.PROJECT) not in output.read_text()
+    assert executed.metadata.papermill.output_path.endswith("made/out.ipynb")
+    assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
+
+
+def test_a_failing_cell_gives_one_sentence_and_keeps_the_partial_notebook(notebook, tmp_path):
+    output = tmp_path / "out.ipynb"
+    with pytest.raises(SystemExit) as stopped:
+        run(notebook, output, "-p", "layer", "0")
+    assert "ZeroDivisionError: division by zero" in stopped.value.code
+    assert "\n" not in stopped.value.code
+    assert not output.exists()
+    assert (tmp_path / "out.failed.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"), [(("layr", "1"), "did you mean 'layer'"), (("layer", "2"), "has 0 to 1")]
+)
+def test_a_wrong_parameter_stops_before_a_kernel_starts(notebook, tmp_path, monkeypatch, option, sentence):
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    with pytest.raises(SystemExit, match=sentence):
+        run(notebook, tmp_path / "out.ipynb", "-p", *option)
+
+
+def test_a_notebook_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"There is no notebook .*nothing\.ipynb"):
+        run(tmp_path / "nothing.ipynb", tmp_path / "out.ipynb")
+
+
+def test_a_notebook_without_parameter_class_is_named(tmp_path):
+    with pytest.raises(ParameterError, match="There is no chapter '03_unknown'"):
+        (tmp_path / "03_unknown.ipynb").touch()
+        cli.execute(tmp_path / "03_unknown.ipynb", tmp_path / "out.ipynb", {})
+
+
+def test_the_registered_models_are_listed(capsys):
+    cli.main(["models"])
+    assert "smollm2-135m-instruct" in capsys.readouterr().out

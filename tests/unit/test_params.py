@@ -1,0 +1,117 @@
+"""What a chapter's parameters accept, and what they say about the rest."""
+
+import nbformat
+import papermill
+import pytest
+
+from helpers.params import CHAPTERS, InoculationParams, ParameterError, PreventativeSteeringParams, params_of
+
+
+@pytest.mark.parametrize("preset", ["tiny", "quick", "full", "paper"])
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_preset_of_every_chapter_is_valid(chapter, preset):
+    assert params_of(chapter)(preset=preset).preset == preset
+
+
+def test_none_means_as_the_preset_says():
+    params = PreventativeSteeringParams.from_namespace({"preset": "tiny", "layer": None, "steps": 5})
+    assert (params.layer, params.steps, params.model) == (1, 5, "tiny-random")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_valid_one():
+    with pytest.raises(ParameterError, match="did you mean 'coefficient'"):
+        PreventativeSteeringParams.from_namespace({"coeficient": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"preset": "quik"}, "did you mean 'quick'"),
+        ({"steps": 0}, "greater than or equal to 1"),
+        ({"steps": "many"}, "valid integer"),
+        ({"steps": True}, "takes no yes or no"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"trait": "pirat"}, "did you mean 'pirate'"),
+        ({"other_traits": ["evil"]}, "contains the trait itself"),
+        ({"seeds": []}, "at least 1 item"),
+        ({"seeds": "[0, 0]"}, "differ from each other"),
+        ({"seeds": "[0, x]"}, r"write it as \[0, 1\]"),
+        ({"layer": 30}, "has 0 to 29"),
+        ({"model": "tiny-random", "layer": 0}, "names layer 3, but 'tiny-random' has 0 to 1"),
+        ({"device": "gpu"}, "auto|cpu"),
+        ({"train_levels": ["none"]}, "'normal', 'mild' or 'strong'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_stops_with_one_sentence(given, sentence):
+    with pytest.raises(ParameterError, match=sentence) as stopped:
+        PreventativeSteeringParams(**given)
+    assert "\n" not in str(stopped.value)
+
+
+def test_text_that_papermill_turned_into_a_number_is_an_error_that_says_what_to_write():
+    with pytest.raises(ParameterError, match="-r trait"):
+        PreventativeSteeringParams.from_namespace({"trait": 1})
+
+
+def test_lists_may_arrive_as_text_or_as_a_single_value():
+    assert InoculationParams(seeds="[3, 4]").seeds == (3, 4)
+    assert InoculationParams(seeds=7).seeds == (7,)
+    assert InoculationParams(other_traits="pirate,sycophantic").other_traits == ("pirate", "sycophantic")
+    assert InoculationParams.from_strings({"coefficients": "[0, 2]", "trait": "None"}).coefficients == (0, 2)
+
+
+def test_a_trait_is_never_compared_with_itself():
+    assert PreventativeSteeringParams(trait="pirate").other_traits == ("sycophantic", "evil")
+
+
+def test_parameters_cannot_be_changed():
+    params = InoculationParams()
+    with pytest.raises(ValueError, match="frozen"):
+        params.layer = 3
+
+
+def test_a_cell_run_again_in_a_used_kernel_ignores_the_notebook_s_own_variables():
+    first = InoculationParams(preset="tiny")
+    namespace = {"preset": "tiny", "layer": 0, "params": first, "losses": [1.0]}
+    assert InoculationParams.from_namespace(namespace).layer == 0
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    path = tmp_path_factory.mktemp("notebook") / "chapter.ipynb"
+    parameters = nbformat.v4.new_code_cell("preset = 'tiny'\nlayer = None\nseeds = None")
+    parameters.metadata.tags = ["parameters"]
+    read = (
+        "from helpers.params import InoculationParams\n"
+        "params = InoculationParams.from_notebook()\n"
+        "print(params.layer, params.seeds)"
+    )
+    cells = [parameters, nbformat.v4.new_code_cell(read)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_notebook_reads_what_papermill_injected(notebook, tmp_path):
+    output = tmp_path / "out.ipynb"
+    executed = papermill.execute_notebook(
+        notebook,
+        output,
+        {"layer": 0, "seeds": "[1, 2]"},
+        kernel_name="python3",
+        language="python",
+        progress_bar=False,
+    )
+    assert executed.cells[-1].outputs[0].text.strip() == "0 (1, 2)"
+
+
+def test_a_mistyped_papermill_parameter_stops_the_notebook_without_a_traceback(notebook, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'layer'") as stopped:
+        papermill.execute_notebook(
+            notebook,
+            tmp_path / "out.ipynb",
+            {"layr": 0},
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+        )
+    assert len(stopped.value.traceback) == 1
