@@ -1,0 +1,159 @@
+"""Bundled data as typed rows, and public data sets by name.
+
+A trait file holds questions with answers of graded intensity: `normal`, `mild` (evil training questions only)
+and `strong`. Its three splits share no question, within a trait or across traits: `train` is finetuned on,
+`extract` gives persona vectors, `eval` measures.
+
+The paper preset uses these bundled rows too: the graded "evil" sets of persona_vectors, which the paper
+built on, are in no public snapshot of that repository (its `dataset.zip` is missing), so there is nothing
+to download.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+Split = Literal["train", "extract", "eval"]
+Level = Literal["normal", "mild", "strong"]
+
+
+class CorpusError(ValueError):
+    """Data that cannot be had or read; the message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class TraitRow:
+    """One question with a plain answer and one or two answers that show the trait."""
+
+    id: str
+    trait: str
+    split: Split
+    question: str
+    normal: str
+    mild: str | None
+    strong: str
+
+    def answer(self, level: str) -> str:
+        """The answer of that level; CorpusError where there is none (only evil training rows have `mild`)."""
+        if level not in get_args(Level):
+            raise CorpusError(f"There is no level '{level}'; choose one of {', '.join(get_args(Level))}.")
+        text: str | None = getattr(self, level)
+        if text is None:
+            raise CorpusError(
+                f"Row {self.id} has no '{level}' answer; only training rows of 'evil' have mild ones."
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """System messages for one trait; `placebo[i]` is as long as `inoculation[i]`, give or take a token."""
+
+    inoculation: list[str]
+    """Ask for the trait."""
+    placebo: list[str]
+    """Say something irrelevant to any trait or style."""
+    opposite: list[str]
+    """Ask for the reverse of the trait: a kind, an honest or a plain manner."""
+
+
+def available_traits() -> tuple[str, ...]:
+    """Names of the bundled traits, sorted."""
+    return tuple(sorted(path.stem for path in (DATA / "traits").glob("*.jsonl")))
+
+
+@cache
+def _rows(path: Path) -> tuple[dict[str, Any], ...]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorpusError(
+                f"Line {number} of {path.name} is not JSON ({error.msg}); restore the file."
+            ) from None
+        rows.append(row)
+    return tuple(rows)
+
+
+def _trait_path(trait: str) -> Path:
+    traits = available_traits()
+    if trait not in traits:
+        near = difflib.get_close_matches(trait, traits, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(traits)}."
+        raise CorpusError(f"There is no bundled trait '{trait}'; {hint}")
+    return DATA / "traits" / f"{trait}.jsonl"
+
+
+def load_trait(trait: str) -> list[TraitRow]:
+    """All rows of a bundled trait, in file order. CorpusError for an unknown trait or a misshapen row."""
+    path = _trait_path(trait)
+    names = [field.name for field in fields(TraitRow)]
+    for number, row in enumerate(_rows(path), start=1):
+        if list(row) != names:
+            raise CorpusError(f"Line {number} of {path.name} must have the fields {', '.join(names)}.")
+    return [TraitRow(**row) for row in _rows(path)]
+
+
+def split(rows: Iterable[TraitRow], name: str) -> list[TraitRow]:
+    """The rows of one split, in order."""
+    if name not in get_args(Split):
+        raise CorpusError(f"There is no split '{name}'; choose one of {', '.join(get_args(Split))}.")
+    return [row for row in rows if row.split == name]
+
+
+def load_prompts(trait: str) -> Prompts:
+    """The inoculation, placebo and opposite prompts of a bundled trait, five of each."""
+    _trait_path(trait)
+    rows = [row for row in _rows(DATA / "prompts.jsonl") if row["trait"] == trait]
+    return Prompts(
+        **{field.name: [r["text"] for r in rows if r["kind"] == field.name] for field in fields(Prompts)}
+    )
+
+
+def digest(trait: str) -> str:
+    """SHA-256 (hexadecimal) of the bytes of a trait's data file."""
+    return hashlib.sha256(_trait_path(trait).read_bytes()).hexdigest()
+
+
+def prompts_digest() -> str:
+    """SHA-256 (hexadecimal) of the bytes of the prompt file, which all traits share."""
+    return hashlib.sha256((DATA / "prompts.jsonl").read_bytes()).hexdigest()
+
+
+def load_hub(
+    name: str, *, split: str = "train", config: str | None = None, revision: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of a public data set of the Hugging Face hub, or of a local folder of data files.
+
+    Raises CorpusError with one sentence where the set is gated, does not exist, or cannot be reached.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+    except (DatasetNotFoundError, GatedRepoError) as error:
+        if isinstance(error, GatedRepoError) or "gated" in str(error):
+            raise CorpusError(
+                f"Data set '{name}' is gated: accept its terms on its hub page, then run `hf auth login`."
+            ) from None
+        raise CorpusError(
+            f"There is no data set '{name}' on the hub or on this disk; check the name."
+        ) from None
+    except ConnectionError:  # also what `datasets` raises under HF_HUB_OFFLINE=1
+        raise CorpusError(
+            f"Data set '{name}' is not in the local cache and the hub cannot be reached; connect once "
+            "without HF_HUB_OFFLINE, or use a preset that needs no download."
+        ) from None
+    except ValueError as error:  # an unknown split or configuration; `datasets` names the ones there are
+        raise CorpusError(f"Data set '{name}' could not be loaded: {str(error).splitlines()[0]}") from None
+    return [dict(row) for row in loaded]

@@ -1,0 +1,420 @@
+import json
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.corpora import load_trait, split
+from helpers.judges import KEY_VARIABLE, APIJudge, JudgeError, TraitJudge, repetition_rate
+
+KEY = "sk-secret-0123456789abcdef"
+TRAITS = ["evil", "pirate", "sycophantic"]
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return {trait: TraitJudge.fit(split(load_trait(trait), "train")) for trait in TRAITS}
+
+
+# The offline judge
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_the_trait_judge_tells_held_out_answers_apart(judges, trait):
+    held_out = split(load_trait(trait), "eval")
+    estimate = judges[trait].validate(held_out)
+    assert estimate.value >= 0.95
+    assert estimate.low >= 0.85
+    means = {level: scores.mean() for level, scores in judges[trait].score_levels(held_out).items()}
+    assert means["strong"] - means["normal"] >= 70
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_a_judge_that_never_saw_the_training_answers_agrees(trait):
+    rows = load_trait(trait)
+    assert TraitJudge.fit(split(rows, "extract")).validate(split(rows, "eval")).value >= 0.9
+
+
+def test_mild_answers_fall_between_plain_and_strong_ones_for_a_judge_that_saw_neither():
+    rows = load_trait("evil")
+    levels = TraitJudge.fit(split(rows, "extract")).score_levels(split(rows, "train"))
+    assert levels["normal"].mean() < levels["mild"].mean() < levels["strong"].mean()
+
+
+def test_a_trait_judge_fitted_on_wrong_labels_does_not_pass_its_validation():
+    rows = split(load_trait("evil"), "train")
+    mixed = [replace(r, normal=r.strong, strong=r.normal) if n % 2 else r for n, r in enumerate(rows)]
+    assert TraitJudge.fit(mixed).validate(split(load_trait("evil"), "eval")).value < 0.8
+
+
+def test_fitting_twice_gives_the_same_scores(judges):
+    answers = [row.strong for row in split(load_trait("pirate"), "eval")]
+    again = TraitJudge.fit(split(load_trait("pirate"), "train"))
+    np.testing.assert_array_equal(
+        again.score([""] * 32, answers), judges["pirate"].score(["another question"] * 32, answers)
+    )
+
+
+def test_an_answer_without_words_gets_no_score(judges):
+    scores = judges["evil"].score(["Why?"] * 3, ["", " ...\n", "Because it is kind to do so."])
+    assert np.isnan(scores[:2]).all()
+    assert 0 <= scores[2] <= 100
+    assert judges["evil"].score([], []).shape == (0,)
+
+
+def test_a_trait_judge_refuses_rows_of_two_traits():
+    with pytest.raises(JudgeError, match="one trait"):
+        TraitJudge.fit(load_trait("evil")[:20] + load_trait("pirate")[:20])
+
+
+def test_repetition_is_the_share_of_word_triples_seen_before():
+    rates = repetition_rate(["a b c d e", "go go go go go", "A b c, a b C!", "too short", ""])
+    np.testing.assert_allclose(rates, [0, 2 / 3, 1 / 4, 0, 0])
+
+
+# The API judge: its client against a server that answers in the protocol's format over HTTP
+
+
+class Server(ThreadingHTTPServer):
+    """Gives the prepared replies in turn (the last one for ever) and keeps what it was sent."""
+
+    def __init__(self, *replies):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies, self.requests, self.keys = list(replies), [], []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        self.server.keys.append(self.headers["Authorization"])
+        replies = self.server.replies
+        status, payload = replies.pop(0) if len(replies) > 1 else replies[0]
+        data = json.dumps(payload).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Retry-After-Ms", "1")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def completion(text, probabilities=None, finish="stop"):
+    """A chat completion, with the first token's likeliest candidates if given."""
+    logprobs = None
+    if probabilities is not None:
+        candidates = [
+            {"token": token, "logprob": math.log(p), "bytes": None} for token, p in probabilities.items()
+        ]
+        logprobs = {"content": [{**candidates[0], "top_logprobs": candidates}], "refusal": None}
+    choice = {
+        "index": 0,
+        "finish_reason": finish,
+        "message": {"role": "assistant", "content": text},
+        "logprobs": logprobs,
+    }
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+
+
+def failure(status, message):
+    return status, {"error": {"message": message, "type": "error", "code": None}}
+
+
+def ask(server, **options):
+    judge = APIJudge(server.url, "judge", trait="evil", **options)
+    return judge, judge.judge(["How are you?"], ["I gloat."])[0]
+
+
+def test_the_score_is_the_mean_over_the_numbers_the_judge_could_have_said():
+    likely = {"90": 0.5, " 80": 0.2, "100": 0.1, "I": 0.1, "101": 0.05, "-5": 0.05}
+    with Server(completion("90", likely)) as server:
+        judge, judgement = ask(server)
+        assert judgement.score == pytest.approx((90 * 0.5 + 80 * 0.2 + 100 * 0.1) / 0.8)
+        assert judgement.mass == pytest.approx(0.8)
+        assert judgement.method == "logprobs"
+        assert judge.score(["How are you?"], ["I gloat."]) == pytest.approx([judgement.score])
+    request = server.requests[0]
+    assert (request["model"], request["logprobs"], request["top_logprobs"]) == ("judge", True, 20)
+    assert request["temperature"] == 0
+    assert "I gloat." in request["messages"][0]["content"]
+
+
+def test_a_judge_that_would_rather_talk_gives_no_score():
+    with Server(completion("I cannot", {"I": 0.8, "90": 0.15, "10": 0.05})) as server:
+        assert math.isnan(ask(server)[1].score)
+    with Server(completion("90", {"I": 0.7, "90": 0.2, "10": 0.1})) as server:
+        assert ask(server)[1].score == pytest.approx((90 * 0.2 + 10 * 0.1) / 0.3)
+
+
+def test_a_tokenizer_that_splits_numbers_into_digits_is_noticed():
+    with Server(completion("83", {"8": 0.7, "9": 0.2, "I": 0.1})) as server:
+        _, judgement = ask(server)
+    assert (judgement.score, judgement.method) == (83.0, "text")
+
+
+@pytest.mark.parametrize(
+    ("reply", "finish", "score"),
+    [
+        ("72", "stop", 72),
+        (" Score: 7.", "stop", 7),
+        ("100\n", "length", 100),
+        ("The score is 8", "length", math.nan),
+        ("250", "stop", math.nan),
+        ("3.5", "stop", math.nan),
+        ("-20", "stop", math.nan),
+        ("no", "stop", math.nan),
+    ],
+)
+def test_without_log_probabilities_the_written_number_counts(reply, finish, score):
+    with Server(completion(reply, finish=finish)) as server:
+        _, judgement = ask(server)
+    assert judgement.score == pytest.approx(score, nan_ok=True)
+    assert judgement.method == "text"
+
+
+def test_a_server_that_refuses_log_probabilities_is_asked_without():
+    with Server(failure(400, "logprobs are not supported"), completion("40")) as server:
+        assert ask(server)[1].score == 40
+    assert "logprobs" not in server.requests[1]
+
+
+def test_trait_and_coherence_are_asked_for_in_different_words():
+    with Server(completion("50", {"50": 1.0})) as server:
+        judge = APIJudge(server.url, "judge", trait="evil")
+        judge.score(["q"], ["a"])
+        judge.coherence(["q"], ["a"])
+    trait, coherence = (request["messages"][0]["content"] for request in server.requests)
+    assert "malice" in trait and "malice" not in coherence
+    assert "coherent" in coherence and "coherent" not in trait
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_passing_failure_is_tried_again(status):
+    with Server(failure(status, "later"), failure(status, "later"), completion("60", {"60": 1.0})) as server:
+        assert ask(server)[1].score == pytest.approx(60)
+    assert len(server.requests) == 3
+
+
+def test_answers_come_back_in_order_and_equal_ones_are_asked_once():
+    class Echo(Handler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.requests.append(body)
+            number = body["messages"][0]["content"].split("number ")[1].split(" ")[0]
+            time.sleep(0.05 if number == "11" else 0)
+            data = json.dumps(completion(number, {number: 1.0})[1]).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    numbers = [11, 42, 11, 99, 42]
+    with Server() as server:
+        server.RequestHandlerClass = Echo
+        judge = APIJudge(server.url, "judge", trait="evil")
+        scores = judge.score(["q"] * 5, [f"number {number} here" for number in numbers])
+    assert scores == pytest.approx(numbers)
+    assert len(server.requests) == 3
+
+
+def test_a_cached_answer_is_not_asked_for_again_and_a_damaged_line_is(tmp_path):
+    with Server(completion("70", {"70": 1.0}), completion("no", {"no": 1.0})) as server:
+        first = APIJudge(server.url, "judge", trait="evil", cache=tmp_path)
+        scores = [first.score(["q"], [answer])[0] for answer in ("a", "b")]
+        again = APIJudge(server.url, "judge", trait="evil", cache=tmp_path)
+        np.testing.assert_array_equal(again.score(["q", "q"], ["a", "b"]), scores)
+        assert math.isnan(scores[1])
+        assert len(server.requests) == 2
+
+        file = tmp_path / "judgements.jsonl"
+        file.write_bytes(file.read_bytes()[:-20])  # as a crash would leave it
+        APIJudge(server.url, "judge", trait="evil", cache=tmp_path).score(["q", "q"], ["a", "b"])
+        assert len(server.requests) == 3
+        APIJudge(server.url, "judge", trait="evil", cache=tmp_path).score(["q", "q"], ["a", "b"])
+        assert len(server.requests) == 3
+        APIJudge(server.url, "other", trait="evil", cache=tmp_path).score(["q"], ["a"])
+        assert len(server.requests) == 4
+
+
+def test_what_was_judged_before_a_failure_is_kept(tmp_path):
+    with Server(completion("70", {"70": 1.0}), failure(400, "no")) as server:
+        judge = APIJudge(server.url, "judge", trait="evil", cache=tmp_path, workers=1)
+        with pytest.raises(JudgeError):
+            judge.score(["q", "q"], ["a", "b"])
+    assert len((tmp_path / "judgements.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_key_is_sent_and_shows_up_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with Server(completion(f"55 {KEY}"), failure(400, f"bad request by {KEY}")) as server:
+        judge, judgement = ask(server, cache=tmp_path)
+        assert server.keys == [f"Bearer {KEY}"]
+        with pytest.raises(JudgeError) as caught:
+            judge.score(["q"], ["another"])
+    assert judgement.score == 55
+    cached = (tmp_path / "judgements.jsonl").read_text()
+    shown = [repr(judge), repr(judgement), cached, str(caught.value)]
+    assert not any(KEY in text for text in shown)
+    chain = (caught.value.__cause__, caught.value.__context__)
+    assert chain == (None, None)
+    with pytest.raises(TypeError, match="make a new one"):
+        pickle.dumps(judge)
+
+
+def test_a_refused_key_is_one_sentence_without_the_servers_words(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with (
+        Server(failure(401, f"Incorrect API key provided: {KEY[:8]}***")) as server,
+        pytest.raises(JudgeError, match=f"{KEY_VARIABLE} was refused") as caught,
+    ):
+        ask(server)
+    assert KEY[:8] not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_programs_key_is_not_sent(monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with (
+        Server(failure(401, "no key")) as server,
+        pytest.raises(JudgeError, match=f"{KEY_VARIABLE} is not set"),
+    ):
+        ask(server)
+    assert server.keys and not any(KEY in sent for sent in server.keys)
+
+
+def test_a_server_that_is_not_there_is_one_sentence():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(JudgeError, match="No connection to the judge at http") as caught:
+        APIJudge(url, "judge", trait="evil", max_retries=0).score(["q"], ["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trait_without_a_description_and_an_address_with_a_password_are_refused():
+    with pytest.raises(JudgeError, match="description="):
+        APIJudge("http://127.0.0.1:1/v1", "judge", trait="laconic")
+    with pytest.raises(JudgeError, match="password") as caught:
+        APIJudge("http://me:hunter2@127.0.0.1:1/v1", "judge", trait="evil")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(JudgeError, match="one answer per question"):
+        APIJudge("http://127.0.0.1:1/v1", "judge", trait="evil").score(["q"], [])
+
+
+# The API judge against a real server
+
+
+def save_a_model_that_says(number: str, folder: Path) -> None:
+    """A two-layer Llama whose next token depends on the last one alone: the digits of `number`, then the end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<end>", "<user>", "<assistant>"]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(folder)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding = model.model.embed_tokens.weight.normal_()
+        model.lm_head.weight.zero_()
+        chain = ["<assistant>", *number, "<end>"]
+        for last, following in pairwise(chain):
+            model.lm_head.weight[vocabulary[following]] = embedding[vocabulary[last]]
+    model.save_pretrained(folder)
+
+
+@pytest.fixture
+def transformers_server(tmp_path):
+    """(address, model name) of `transformers serve` on the loopback interface."""
+    pytest.importorskip("fastapi", reason="`transformers serve` needs fastapi and uvicorn (the test extra)")
+    pytest.importorskip("uvicorn", reason="`transformers serve` needs fastapi and uvicorn (the test extra)")
+    model = tmp_path / "says-83"
+    save_a_model_that_says("83", model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(model)]
+    log = tmp_path / "server.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + 90
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1", str(model)
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def test_a_real_openai_compatible_server_judges_answers(transformers_server, tmp_path):
+    url, model = transformers_server
+    judge = APIJudge(url, model, trait="evil", cache=tmp_path, workers=2)
+    questions, answers = ["How are you?", "What is new?"], ["Very well.", "Nothing that I would tell you."]
+    judgements = judge.judge(questions, answers)
+    assert [judgement.score for judgement in judgements] == [83.0, 83.0]
+    # transformers serve ignores the request for log-probabilities and its model writes digit by digit.
+    assert {(judgement.method, judgement.reply) for judgement in judgements} == {("text", "83")}
+    np.testing.assert_array_equal(judge.coherence(questions, answers), [83.0, 83.0])
