@@ -50,8 +50,9 @@ class TraitJudge:
     How it could fool: it is usually fitted on the `train` split, whose answers are also what models are
     finetuned on, so a model that repeats phrases from its training data scores high for the phrases and not
     for the trait. Compare with a judge that is fitted on the `extract` split, which no model is trained on.
-    It was taught with fluent answers of 25 to 55 words: on gibberish it tends to the middle of the scale,
-    so read it with a measure of coherence. It reads the answer only, never the question.
+    And it was taught with fluent answers of 25 to 55 words: on gibberish its score means nothing ("the the
+    the ..." scores 100 for evil), so read it beside a measure of coherence such as `repetition_rate`. It
+    reads the answer only, never the question.
     """
 
     def __init__(self, trait: str, pipeline: Pipeline, regularisation: float, fitted_on: int) -> None:

@@ -126,7 +126,7 @@ def bootstrap_difference(
     return _percentiles(a.mean() - b.mean(), means, a.size + b.size, level)
 
 
-def share(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+def share(successes: int | np.integer, n: int | np.integer, *, level: float = 0.95) -> Estimate:
     """Share of successes with the exact (Clopper-Pearson) interval, which has width even at n of n."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"A share needs 0 <= successes <= n and n > 0; got {successes} of {n}.")

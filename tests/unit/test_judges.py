@@ -330,7 +330,7 @@ def test_a_trait_without_a_description_and_an_address_with_a_password_are_refuse
 
 
 def save_a_model_that_says(number: str, folder: Path) -> None:
-    """A two-layer Llama whose next token depends on the last one alone: the digits of `number`, then the end."""
+    """A two-layer Llama whose next token follows from the last one: the digits of `number`, then the end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

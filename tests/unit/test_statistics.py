@@ -77,7 +77,8 @@ def test_a_share_of_n_of_n_has_the_closed_form_lower_bound():
 
 
 def test_the_interval_of_a_share_is_that_of_the_beta_quantiles():
-    estimate = share(27, 32)
+    hits = np.arange(32) < 27
+    estimate = share(hits.sum(), hits.size)
     assert estimate.low == pytest.approx(stats.beta.ppf(0.025, 27, 6))
     assert estimate.high == pytest.approx(stats.beta.ppf(0.975, 28, 5))
 
