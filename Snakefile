@@ -16,7 +16,7 @@ from pathlib import Path
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from helpers.dependencies import helper_sources, notebook_sources
-from helpers.params import params_of
+from helpers.params import ParameterError, params_of
 
 PRESET = config.get("preset", "quick")
 GIVEN = config.get("parameters", {})
@@ -38,11 +38,14 @@ def given(chapter):
     return {name: GIVEN[name] for name in sorted(GIVEN) if name in params_of(chapter).model_fields}
 
 
-for chapter in CHAPTERS:
-    params_of(chapter)(preset=PRESET, **given(chapter))
-for name in GIVEN:
-    if not any(name in given(chapter) for chapter in CHAPTERS):
-        params_of(CHAPTERS[0])(**{name: GIVEN[name]})  # says what the nearest name is
+try:
+    for chapter in CHAPTERS:
+        params_of(chapter)(preset=PRESET, **given(chapter))
+    for name in GIVEN:
+        if not any(name in given(chapter) for chapter in CHAPTERS):
+            params_of(CHAPTERS[0])(**{name: GIVEN[name]})  # says what the nearest name is
+except ParameterError as error:
+    sys.exit(str(error))
 
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
@@ -63,7 +66,10 @@ rule site:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
         # from nothing, so that every page there is one that this build made
-        shell("rm -rf {TREE}/_build && jupyter-book build {TREE} -W --keep-going > {log} 2>&1")
+        shell(
+            "rm -rf {TREE}/_build && jupyter-book build {TREE} -W --keep-going > {log} 2>&1 || "
+            "{{ grep -E 'WARNING|ERROR|Error' {log}; exit 1; }}"
+        )
 
 
 rule pages:
@@ -86,7 +92,7 @@ rule execute:
         lambda wildcards: [
             str(path.relative_to(Path.cwd())) for path in notebook_sources(f"notebooks/{wildcards.chapter}.ipynb")
         ],
-        sorted(str(path) for path in Path("data").rglob("*.jsonl")),
+        sorted(str(path) for path in Path("data").rglob("*.*") if path.suffix != ".md"),
         notebook="notebooks/{chapter}.ipynb",
     output:
         notebook=f"{TREE}/notebooks/{{chapter}}.ipynb",
