@@ -1,0 +1,147 @@
+"""Conversations as token ids: chat template, response masks, batches of similar length.
+
+A token of the response is *predicted* one position earlier. `Batch.response` marks the response tokens themselves (the
+assistant's answer and its end-of-turn token); `Batch.predicting` marks the positions whose logits carry the loss.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Where = Literal["all", "prompt", "response"] | Sequence[int]
+"""Token positions: all, those of the prompt, those of the response, or explicit prompt positions, counted from its
+first token, or from its last if negative (so `(0, 1, -2, -1)` is the first two and the last two prompt tokens)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: token ids, of which the first `prompt_length` are the prompt (template tokens included)."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode(tokenizer: Any, question: str, answer: str | None = None, system: str | None = None) -> Example:
+    """Put one exchange into the model's chat template.
+
+    With no `system` message the template's own default applies. The response ends with the end-of-turn token; whatever the
+    template prints after it is left out, since a model never has to say it.
+    """
+    messages = [{"role": "user", "content": question}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if answer is None:
+        return Example(tuple(prompt_ids), len(prompt_ids))
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError("This chat template changes the prompt once an answer follows, so no response can be masked.")
+    rest = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+    while rest and rest[-1] != tokenizer.eos_token_id:
+        rest.pop()
+    if not rest:
+        rest = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return Example((*prompt_ids, *rest), len(prompt_ids))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded examples. `rows` are their places in the list they came from."""
+
+    ids: Int[Tensor, "batch pos"]
+    attention: Bool[Tensor, "batch pos"]
+    response: Bool[Tensor, "batch pos"]
+    rows: tuple[int, ...]
+
+    @property
+    def predicting(self) -> Bool[Tensor, "batch pos"]:
+        """Positions whose next token is a response token: where logits are needed and the loss is."""
+        return torch.nn.functional.pad(self.response[:, 1:], (0, 1))
+
+    def positions(self, where: Where) -> Bool[Tensor, "batch pos"]:
+        """Mask of the named positions, padding excluded. Raises `ValueError` for an unknown name or a position that a prompt lacks."""
+        if where == "all":
+            return self.attention
+        if where == "response":
+            return self.response
+        prompt = self.attention & ~self.response
+        if where == "prompt":
+            return prompt
+        if isinstance(where, str):
+            raise ValueError(f"Unknown positions '{where}': use 'all', 'prompt', 'response' or a sequence of integers.")
+        lengths = prompt.sum(1, keepdim=True)
+        shortest = int(lengths.min())
+        if any(not -shortest <= i < shortest for i in where):
+            raise ValueError(f"Positions {tuple(where)} reach outside the shortest prompt, which has {shortest} tokens.")
+        place = prompt.cumsum(1) - 1
+        mask = torch.zeros_like(prompt)
+        for i in where:
+            mask |= prompt & (place == (i if i >= 0 else lengths + i))
+        return mask
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.attention.to(device), self.response.to(device), self.rows)
+
+
+def collate(
+    examples: Sequence[Example], pad_id: int, *, side: Literal["left", "right"] = "right", rows: Sequence[int] | None = None
+) -> Batch:
+    """Pad examples to one length: on the right to train and measure, on the left to generate."""
+    if not examples:
+        raise ValueError("A batch needs at least one example.")
+    longest = max(len(e) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
+    attention, response = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for i, e in enumerate(examples):
+        start = longest - len(e) if side == "left" else 0
+        ids[i, start : start + len(e)] = torch.tensor(e.ids)
+        attention[i, start : start + len(e)] = True
+        response[i, start + e.prompt_length : start + len(e)] = True
+    return Batch(ids, attention, response, tuple(rows if rows is not None else range(len(examples))))
+
+
+def batches(
+    examples: Sequence[Example], batch_size: int, pad_id: int, *, side: Literal["left", "right"] = "right"
+) -> list[Batch]:
+    """All examples in batches of similar length, shortest first; `Batch.rows` leads back to the original order."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    return [
+        collate([examples[i] for i in rows], pad_id, side=side, rows=rows)
+        for rows in (order[k : k + batch_size] for k in range(0, len(order), batch_size))
+    ]
+
+
+def training_batches(
+    draw: Callable[[random.Random], Sequence[Example]], *, steps: int, batch_size: int, seed: int, pad_id: int
+) -> Iterator[Batch]:
+    """`steps` batches over as many epochs as that takes, each of similar lengths, in random order.
+
+    `draw` gives the examples of one epoch; it may sample anew each time (inoculation prompts are drawn this way).
+    Within an epoch examples are shuffled, then sorted by length inside windows of eight batches, so that batches stay random
+    while little is padded.
+    """
+    rng = random.Random(seed)
+    given = 0
+    while given < steps:
+        examples = list(draw(rng))
+        order = rng.sample(range(len(examples)), len(examples))
+        window = 8 * batch_size
+        by_length = [
+            i for k in range(0, len(order), window) for i in sorted(order[k : k + window], key=lambda i: len(examples[i]))
+        ]
+        groups = [by_length[k : k + batch_size] for k in range(0, len(by_length), batch_size)]
+        rng.shuffle(groups)
+        for rows in groups[: steps - given]:
+            yield collate([examples[i] for i in rows], pad_id, rows=rows)
+        given += len(groups)

@@ -1,0 +1,49 @@
+"""Batched decoding with interventions on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from tqdm import tqdm
+
+from helpers.chat import Example, batches
+from helpers.interventions import Intervention, applied
+from helpers.models import Model
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    prompts: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    interventions: Iterable[Intervention] = (),
+    batch_size: int = 64,
+    label: str = "generating",
+) -> list[str]:
+    """One answer per prompt, in the order given; greedy at temperature 0.
+
+    Weights are held in the model's compute precision while decoding, where reading them is most of the cost.
+    """
+    answers = [""] * len(prompts)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    with applied(model, *interventions), model.weights_in(model.dtype), model.autocast():
+        todo = batches(prompts, batch_size, model.tokenizer.pad_token_id, side="left")
+        for batch in tqdm(todo, desc=label, leave=False, unit="batch", disable=len(todo) < 2):
+            batch = batch.to(model.device)
+            with model.reading(batch):
+                out = model.hf.generate(
+                    input_ids=batch.ids,
+                    attention_mask=batch.attention.long(),
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=model.tokenizer.pad_token_id,
+                    **sampling,
+                )
+            texts = model.tokenizer.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(batch.rows, texts, strict=True):
+                answers[row] = text.strip()
+    return answers

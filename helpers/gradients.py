@@ -1,0 +1,194 @@
+"""Activation gradients: dL/dh at any set of layers, in one backward pass.
+
+L is a sequence's own mean response loss, so a gradient never depends on what else was in the batch. Gradients are read where
+the loss reads the stream: the positions that predict response tokens ("response"), or all positions ("all").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from helpers.chat import Batch, Example, batches
+from helpers.interventions import Hook, Intervention, applied, resid_post
+from helpers.losses import sequence_losses
+from helpers.models import Model
+
+Tokens = Literal["response", "all"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Keep the activations of `layers` in the graph, into `kept`. The lowest is made a leaf: nothing below is differentiated."""
+
+    layers: Sequence[int]
+    kept: dict[int, Float[Tensor, "batch pos d_model"]]
+
+    def hooks(self, model: Model) -> list[Hook]:
+        lowest = min(self.layers)
+
+        def keeper(layer: int) -> Any:
+            def keep(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+                if layer == lowest:
+                    h = h.detach().requires_grad_()
+                self.kept[layer] = h
+                return h
+
+            return keep
+
+        return [(resid_post(model, layer), keeper(layer)) for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class ActivationGradients:
+    """dL/dh of one batch."""
+
+    gradients: dict[int, Float[Tensor, "batch pos d_model"]]
+    mask: Bool[Tensor, "batch pos"]
+    losses: Float[Tensor, " batch"]
+    """The forward pass's mean response loss per sequence, in nats."""
+
+    def token_cosines(self, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, "batch pos"]:
+        """cos(g_t, v) at every token; 0 where the gradient is exactly 0."""
+        g = self.gradients[layer].float()
+        return torch.nn.functional.cosine_similarity(g, vector.to(g), dim=-1)
+
+    def sequence_cosines(self, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " batch"]:
+        """c(x) = mean over tokens of cos(g_t, v): one number per sequence (Fig. 3 of arXiv 2604.16423, [I] mean of cosines)."""
+        cosines = self.token_cosines(layer, vector)
+        return (cosines * self.mask).sum(1) / self.mask.sum(1)
+
+    def sequence_means(self, layer: int) -> Float[Tensor, "batch d_model"]:
+        """Mean gradient over tokens; its cosine with v is the "cosine of the mean"."""
+        mask = self.mask[..., None]
+        return (self.gradients[layer].float() * mask).sum(1) / mask.sum(1)
+
+
+def activation_gradients(
+    model: Model, batch: Batch, layers: Sequence[int], *, tokens: Tokens = "response", interventions: Iterable[Intervention] = ()
+) -> ActivationGradients:
+    """One forward and one backward pass; no weight gradient is computed and none is left behind."""
+    batch = batch.to(model.device)
+    kept: dict[int, Tensor] = {}
+    with applied(model, *interventions, Capture(layers, kept)):
+        losses = sequence_losses(model, batch)
+        found = torch.autograd.grad(losses.sum(), [kept[layer] for layer in layers])
+    mask = batch.predicting if tokens == "response" else batch.attention
+    return ActivationGradients(dict(zip(layers, found, strict=True)), mask, losses.detach())
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """What is kept of the gradients of many sequences, in the order given, on the CPU."""
+
+    layers: tuple[int, ...]
+    losses: Float[Tensor, " example"]
+    cosines: dict[str, Float[Tensor, "layer example"]]
+    """Per vector name: mean over tokens of cos(g, v)."""
+    means: Float[Tensor, "layer example d_model"]
+    """Mean gradient over tokens."""
+    token_cosines: list[Float[Tensor, " token"]]
+    """cos(g, v) at each masked token, for the first vector at the first layer."""
+
+    def at(self, layer: int) -> int:
+        """The index of a layer in the first dimension of `cosines` and `means`."""
+        return self.layers.index(layer)
+
+
+def gradient_statistics(
+    model: Model,
+    examples: Sequence[Example],
+    vectors: dict[str, Float[Tensor, "all_layers d_model"]],
+    *,
+    layers: Sequence[int],
+    tokens: Tokens = "response",
+    interventions: Iterable[Intervention] = (),
+    batch_size: int = 16,
+) -> GradientStatistics:
+    """Cosines of every sequence's activation gradients with each vector, at each layer, reduced batch by batch."""
+    layers, interventions = tuple(layers), tuple(interventions)
+    losses = torch.empty(len(examples))
+    cosines = {name: torch.empty(len(layers), len(examples)) for name in vectors}
+    means = torch.empty(len(layers), len(examples), model.width)
+    per_token: list[Tensor] = [torch.empty(0)] * len(examples)
+    first = next(iter(vectors))
+    for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        rows = list(batch.rows)
+        found = activation_gradients(model, batch, layers, tokens=tokens, interventions=interventions)
+        losses[rows] = found.losses.float().cpu()
+        for i, layer in enumerate(layers):
+            means[i, rows] = found.sequence_means(layer).cpu()
+            for name, vector in vectors.items():
+                cosines[name][i, rows] = found.sequence_cosines(layer, vector[layer]).cpu()
+        every = found.token_cosines(layers[0], vectors[first][layers[0]]).cpu()
+        for i, row in enumerate(rows):
+            per_token[row] = every[i][found.mask[i].cpu()]
+    return GradientStatistics(layers, losses, cosines, means, per_token)
+
+
+@dataclass(frozen=True)
+class RecordCosines:
+    """Watch training: at every backward pass, append each named vector's mean cosine with dL/dh after block `layer`.
+
+    It reads the gradients that training computes anyway, so it costs next to nothing. Put it *after* any intervention at
+    the same layer to see the gradient that arrives there.
+    """
+
+    layer: int
+    vectors: dict[str, Float[Tensor, " d_model"]]
+    records: list[dict[str, float]] = field(default_factory=list)
+
+    def hooks(self, model: Model) -> list[Hook]:
+        def watch(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            batch = model.current
+            if not h.requires_grad or batch is None:
+                return
+            mask = batch.predicting
+
+            def record(g: Float[Tensor, "batch pos d_model"]) -> None:
+                chosen = g[mask].float()
+                self.records.append(
+                    {
+                        name: torch.nn.functional.cosine_similarity(chosen, v.to(chosen), dim=-1).mean().item()
+                        for name, v in self.vectors.items()
+                    }
+                )
+
+            h.register_hook(record)
+
+        return [(resid_post(model, self.layer), watch)]
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Uncentred principal components of stacked vectors."""
+
+    components: Float[Tensor, "component d_model"]
+    shares: Float[Tensor, " component"]
+    """Each component's share of the second moment; they add up to 1."""
+
+    @property
+    def participation_ratio(self) -> float:
+        """(sum s^2)^2 / sum s^4: about how many components carry the second moment; 1 if all is in one."""
+        return float(1 / (self.shares**2).sum())
+
+    def alignment(self, vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "component vector"]:
+        """|cos| of every component with every vector."""
+        unit = torch.nn.functional.normalize(vectors, dim=-1)
+        return (self.components @ unit.T).abs()
+
+
+def uncentred_pca(differences: Float[Tensor, "example d_model"]) -> Principal:
+    """SVD without removing the mean, so that a shift shared by all examples counts (Fig. 18 of arXiv 2604.16423).
+
+    Raises `ValueError` if the differences are all zero, as they are when the intervention did nothing.
+    """
+    _, s, vh = torch.linalg.svd(differences.double(), full_matrices=False)
+    if not bool(s[0] > 0):
+        raise ValueError("All gradient differences are zero: the intervention changed nothing to decompose.")
+    return Principal(vh.float(), (s**2 / (s**2).sum()).float())

@@ -1,0 +1,138 @@
+"""Interventions on a running model: steering, directional ablation, editing gradients.
+
+Each is a frozen description; `with applied(model, *interventions):` puts their hooks on TransformerLens hook points and takes
+them off again, whatever happens inside. Hooks also act inside generation.
+
+Layer convention: layer l is the output of block l (`blocks.{l}.hook_resid_post`), counted from 0. The persona-vectors
+code calls the same place `hidden_states[l + 1]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helpers.chat import Where
+from helpers.models import Model
+
+Hook = tuple[str, Any]
+
+
+class Intervention(Protocol):
+    """Anything that can name hook points and what to do there."""
+
+    def hooks(self, model: Model) -> list[Hook]:
+        """(hook point, function of (activation, hook)) pairs. Raises `ValueError` if the model lacks the place."""
+        ...
+
+
+@contextlib.contextmanager
+def applied(model: Model, *interventions: Intervention) -> Iterator[None]:
+    """Run the model with these interventions on; every hook is gone on the way out, also after an exception."""
+    with model.bridge.hooks(fwd_hooks=[hook for i in interventions for hook in i.hooks(model)]):
+        yield
+
+
+def resid_post(model: Model, layer: int) -> str:
+    """The hook point of block `layer`'s output. Raises `ValueError` if there is no such block."""
+    if not 0 <= layer < model.layers:
+        raise ValueError(f"Layer {layer} does not exist: {model.name} has layers 0 to {model.layers - 1}.")
+    return f"blocks.{layer}.hook_resid_post"
+
+
+@dataclass(frozen=True)
+class Steer:
+    """Add `coefficient * vector` to the residual stream after block `layer`: h' = h + a v.
+
+    With a trait's persona vector, during training only, this is positive preventative steering (Chen et al. 2025; Grant et al.
+    2026). The vector is used as it is, not normalised.
+    """
+
+    layer: int
+    vector: Float[Tensor, " d_model"]
+    coefficient: float
+    where: Where = "all"
+
+    def hooks(self, model: Model) -> list[Hook]:
+        if self.vector.shape != (model.width,):
+            raise ValueError(f"The vector has shape {tuple(self.vector.shape)}; {model.name} needs ({model.width},).")
+        shift = self.coefficient * self.vector.to(model.device)
+
+        def add(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+            mask = model.positions(self.where, h.shape[1])
+            return h + (shift.to(h.dtype) if mask is None else mask[..., None].to(h.dtype) * shift.to(h.dtype))
+
+        return [(resid_post(model, self.layer), add)]
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Project `directions` out of what every block reads and writes: a <- a - D^T D a, with D orthonormal.
+
+    Three sites a block: its input, the attention's output and the MLP's output (Arditi et al. 2024).
+    """
+
+    directions: Float[Tensor, "k d_model"]
+    layers: tuple[int, ...] | None = None
+
+    def hooks(self, model: Model) -> list[Hook]:
+        if self.directions.ndim != 2 or self.directions.shape[1] != model.width:
+            raise ValueError(
+                f"Directions have shape {tuple(self.directions.shape)}; {model.name} needs (k, {model.width})."
+            )
+        basis = torch.linalg.qr(self.directions.float().T)[0].to(model.device)  # (d_model, k)
+
+        def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+            d = basis.to(a.dtype)
+            return a - (a @ d) @ d.T
+
+        layers = range(model.layers) if self.layers is None else self.layers
+        for layer in layers:
+            resid_post(model, layer)  # says so if the layer does not exist
+        sites = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+        return [(f"blocks.{layer}.{site}", project) for layer in layers for site in sites]
+
+
+EditMode = Literal["neutralise", "attenuate", "amplify"]
+
+
+def edit_component(
+    gradient: Float[Tensor, "*batch d_model"], direction: Float[Tensor, " d_model"], mode: EditMode
+) -> Float[Tensor, "*batch d_model"]:
+    """Replace the component of a gradient along a direction, leaving the rest alone.
+
+    Descent moves activations along minus the gradient. `neutralise` removes the component; `attenuate` makes it
+    +|g.v|, so that descent lowers the activation along v; `amplify` makes it -|g.v|. The three modes are the
+    paper's (Fig. 15, Table 1 of arXiv 2604.16423); the magnitude rule is a reconstruction.
+    """
+    unit = (direction / direction.norm()).to(gradient)
+    along = (gradient @ unit)[..., None]
+    target = {"neutralise": torch.zeros_like(along), "attenuate": along.abs(), "amplify": -along.abs()}
+    if mode not in target:
+        raise ValueError(f"Unknown mode '{mode}': use neutralise, attenuate or amplify.")
+    return gradient + (target[mode] - along) * unit
+
+
+@dataclass(frozen=True)
+class EditGradient:
+    """Edit dL/dh along `direction` after block `layer` in the backward pass; the forward pass is untouched."""
+
+    layer: int
+    direction: Float[Tensor, " d_model"]
+    mode: EditMode
+
+    def hooks(self, model: Model) -> list[Hook]:
+        direction = self.direction.to(model.device)
+        edit_component(torch.zeros(1, model.width, device=model.device), direction, self.mode)  # a wrong mode stops here
+
+        def watch(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            if h.requires_grad:
+                h.register_hook(lambda g: edit_component(g, direction, self.mode))
+
+        return [(resid_post(model, self.layer), watch)]

