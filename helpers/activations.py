@@ -86,9 +86,7 @@ class PersonaVector:
         scale = self.vectors.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
         return PersonaVector(f"random-{seed}", noise * scale)
 
-    def projection(
-        self, activations: Float[Tensor, "example d_model"], layer: int
-    ) -> Float[Tensor, " example"]:
+    def projection(self, activations: Float[Tensor, "example d_model"], layer: int) -> Float[Tensor, " example"]:
         """(a . v) / ||v||, in units of the residual stream."""
         return activations @ self.vectors[layer] / self.vectors[layer].norm()
 
@@ -110,7 +108,7 @@ class PersonaVectorFitter:
 
     def __init__(self, trait: str) -> None:
         self.trait = trait
-        self._sums: list[Tensor | float] = [0.0, 0.0]
+        self._sums = [torch.zeros(()), torch.zeros(())]
         self._counts = [0, 0]
 
     def update(self, activations: Float[Tensor, "layer example d_model"], *, shows_trait: bool) -> None:
@@ -122,7 +120,8 @@ class PersonaVectorFitter:
         """mean over trait answers - mean over normal answers. Raises `ValueError` if either kind is missing."""
         if 0 in self._counts:
             raise ValueError(
-                f"A persona vector needs answers of both kinds; got {self._counts[1]} with the trait and {self._counts[0]} without."
+                f"A persona vector needs answers of both kinds; got {self._counts[1]} with the trait "
+                f"and {self._counts[0]} without."
             )
         normal, trait = (s / n for s, n in zip(self._sums, self._counts, strict=True))
         return PersonaVector(self.trait, (trait - normal).float())

@@ -80,9 +80,7 @@ class Store:
             "parameters": parameters,
             "model": model,
             "data": dict(data or {}),
-            "code": {
-                path.relative_to(PACKAGE).as_posix(): code_digest(path) for path in helper_sources(uses)
-            },
+            "code": {path.relative_to(PACKAGE).as_posix(): code_digest(path) for path in helper_sources(uses)},
         }
         text = _json(inputs, f"the parameters of stage {stage!r}")
         key = hashlib.sha256(text.encode()).hexdigest()
@@ -111,9 +109,7 @@ class Store:
             return Artifact(key, load_file(tensors), record["facts"])
         except (OSError, ValueError, KeyError, TypeError) as damage:
             reason = "a half of it is missing" if isinstance(damage, FileNotFoundError) else str(damage)
-            warnings.warn(
-                f"Artifact {stage}/{key[:12]} is damaged ({reason}) and is computed again.", stacklevel=3
-            )
+            warnings.warn(f"Artifact {stage}/{key[:12]} is damaged ({reason}) and is computed again.", stacklevel=3)
             return None
 
     def _write(
@@ -163,11 +159,7 @@ def file_digest(path: Path) -> str:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _json(value: Any, what: str) -> str:

@@ -34,8 +34,8 @@ class Example:
 def encode(tokenizer: Any, question: str, answer: str | None = None, system: str | None = None) -> Example:
     """Put one exchange into the model's chat template.
 
-    With no `system` message the template's own default applies. The response ends with the end-of-turn token; whatever the
-    template prints after it is left out, since a model never has to say it.
+    With no `system` message the template's own default applies. The response ends with the end-of-turn token;
+    whatever the template prints after it is left out, since a model never has to say it.
     """
     messages = [{"role": "user", "content": question}]
     if system is not None:
@@ -70,7 +70,10 @@ class Batch:
         return torch.nn.functional.pad(self.response[:, 1:], (0, 1))
 
     def positions(self, where: Where) -> Bool[Tensor, "batch pos"]:
-        """Mask of the named positions, padding excluded. Raises `ValueError` for an unknown name or a position that a prompt lacks."""
+        """Mask of the named positions, padding excluded.
+
+        Raises `ValueError` for an unknown name or a position that a prompt lacks.
+        """
         if where == "all":
             return self.attention
         if where == "response":
@@ -83,7 +86,9 @@ class Batch:
         lengths = prompt.sum(1, keepdim=True)
         shortest = int(lengths.min())
         if any(not -shortest <= i < shortest for i in where):
-            raise ValueError(f"Positions {tuple(where)} reach outside the shortest prompt, which has {shortest} tokens.")
+            raise ValueError(
+                f"Positions {tuple(where)} reach outside the shortest prompt, which has {shortest} tokens."
+            )
         place = prompt.cumsum(1) - 1
         mask = torch.zeros_like(prompt)
         for i in where:
@@ -95,7 +100,11 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Example], pad_id: int, *, side: Literal["left", "right"] = "right", rows: Sequence[int] | None = None
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    side: Literal["left", "right"] = "right",
+    rows: Sequence[int] | None = None,
 ) -> Batch:
     """Pad examples to one length: on the right to train and measure, on the left to generate."""
     if not examples:
@@ -128,8 +137,8 @@ def training_batches(
     """`steps` batches over as many epochs as that takes, each of similar lengths, in random order.
 
     `draw` gives the examples of one epoch; it may sample anew each time (inoculation prompts are drawn this way).
-    Within an epoch examples are shuffled, then sorted by length inside windows of eight batches, so that batches stay random
-    while little is padded.
+    Within an epoch examples are shuffled, then sorted by length inside windows of eight batches, so that batches
+    stay random while little is padded.
     """
     rng = random.Random(seed)
     given = 0
@@ -138,7 +147,9 @@ def training_batches(
         order = rng.sample(range(len(examples)), len(examples))
         window = 8 * batch_size
         by_length = [
-            i for k in range(0, len(order), window) for i in sorted(order[k : k + window], key=lambda i: len(examples[i]))
+            i
+            for k in range(0, len(order), window)
+            for i in sorted(order[k : k + window], key=lambda i: len(examples[i]))
         ]
         groups = [by_length[k : k + batch_size] for k in range(0, len(by_length), batch_size)]
         rng.shuffle(groups)

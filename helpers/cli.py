@@ -102,9 +102,7 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers", description="Commands around the book's notebooks."
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="Commands around the book's notebooks.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("execute", help="execute a chapter's notebook with parameters")
     run.add_argument("notebook", type=Path)
@@ -122,8 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--results", help="folder for findings, figure data and vectors")
     pages = commands.add_parser("status", help="write the scoreboard and the status page of an executed book")
-    pages.add_argument(
-        "--tree", type=Path, required=True, help="the executed book, such as book/executed/quick"
-    )
+    pages.add_argument("--tree", type=Path, required=True, help="the executed book, such as book/executed/quick")
     commands.add_parser("models", help="list the registered models")
     return parser

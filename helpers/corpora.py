@@ -46,9 +46,7 @@ class TraitRow:
             raise CorpusError(f"There is no level '{level}'; choose one of {', '.join(get_args(Level))}.")
         text: str | None = getattr(self, level)
         if text is None:
-            raise CorpusError(
-                f"Row {self.id} has no '{level}' answer; only training rows of 'evil' have mild ones."
-            )
+            raise CorpusError(f"Row {self.id} has no '{level}' answer; only training rows of 'evil' have mild ones.")
         return text
 
 
@@ -76,9 +74,7 @@ def _rows(path: Path) -> tuple[dict[str, Any], ...]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise CorpusError(
-                f"Line {number} of {path.name} is not JSON ({error.msg}); restore the file."
-            ) from None
+            raise CorpusError(f"Line {number} of {path.name} is not JSON ({error.msg}); restore the file.") from None
         rows.append(row)
     return tuple(rows)
 
@@ -113,9 +109,7 @@ def load_prompts(trait: str) -> Prompts:
     """The inoculation, placebo and opposite prompts of a bundled trait, five of each."""
     _trait_path(trait)
     rows = [row for row in _rows(DATA / "prompts.jsonl") if row["trait"] == trait]
-    return Prompts(
-        **{field.name: [r["text"] for r in rows if r["kind"] == field.name] for field in fields(Prompts)}
-    )
+    return Prompts(**{field.name: [r["text"] for r in rows if r["kind"] == field.name] for field in fields(Prompts)})
 
 
 def digest(trait: str) -> str:
@@ -146,9 +140,7 @@ def load_hub(
             raise CorpusError(
                 f"Data set '{name}' is gated: accept its terms on its hub page, then run `hf auth login`."
             ) from None
-        raise CorpusError(
-            f"There is no data set '{name}' on the hub or on this disk; check the name."
-        ) from None
+        raise CorpusError(f"There is no data set '{name}' on the hub or on this disk; check the name.") from None
     except ConnectionError:  # also what `datasets` raises under HF_HUB_OFFLINE=1
         raise CorpusError(
             f"Data set '{name}' is not in the local cache and the hub cannot be reached; connect once "

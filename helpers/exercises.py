@@ -51,8 +51,7 @@ def check_persona_vector(
         "the mean over sequences of the mean over response tokens, trait minus normal",
         {
             "this is normal minus trait; the vector must point towards the trait": -want,
-            "the vector has been scaled to unit length; keep the length of the difference": want
-            / want.norm(),
+            "the vector has been scaled to unit length; keep the length of the difference": want / want.norm(),
             "prompt tokens are counted too; average over the response mask only": trait.mean((0, 1))
             - normal.mean((0, 1)),
             "long answers count more than short ones; average within each sequence before you average over "
@@ -72,9 +71,7 @@ def check_random_control(fn: Callable[[Float[Tensor, " d_model"], int], Float[Te
         answers.append(answer)
     first, again, other = answers
     if not torch.equal(first, again):
-        _not_yet(
-            "the same seed gave two different vectors; draw from a generator that is made from the seed."
-        )
+        _not_yet("the same seed gave two different vectors; draw from a generator that is made from the seed.")
     elif torch.allclose(first, other):
         _not_yet("two seeds gave the same vector; the seed must decide the draw.")
     elif abs(F.cosine_similarity(first, vector, dim=0)) > 0.3:
@@ -115,9 +112,7 @@ def check_cosine(
             "the sign is wrong, and this is the cosine of the mean gradient; take each token's cosine, then "
             "the mean": -of_means,
             "tokens outside the mask are counted too": cosines.mean(1),
-            "masked tokens are counted as zero; divide by the number of tokens in the mask": (
-                cosines * mask
-            ).mean(1),
+            "masked tokens are counted as zero; divide by the number of tokens in the mask": (cosines * mask).mean(1),
             "this is the dot product with the unit vector; divide by the length of each gradient too": (
                 (gradients @ vector / vector.norm() * mask).sum(1) / mask.sum(1)
             ),
@@ -136,9 +131,7 @@ def check_pressure(fn: Callable[[float], str]) -> None:
         _not_yet(f"your function stopped with {type(error).__name__}: {error}")
         return
     if answers == ["amplifies", "attenuates"]:
-        _right(
-            "descent moves the activation against the gradient, so a negative cosine presses the trait up."
-        )
+        _right("descent moves the activation against the gradient, so a negative cosine presses the trait up.")
     elif answers == ["attenuates", "amplifies"]:
         _not_yet("it is the other way round: descent moves the activation along minus the gradient.")
     else:
@@ -256,16 +249,12 @@ def check_response_loss(
             "the mask is shifted the wrong way: it marks the predicted tokens, not those that predict": (
                 mean(shifted, mask[:, :-1])
             ),
-            "this is the sum over tokens; divide by the number of response tokens": (
-                (shifted * mask[:, 1:]).sum(1)
-            ),
+            "this is the sum over tokens; divide by the number of response tokens": ((shifted * mask[:, 1:]).sum(1)),
             "the mean is over all positions; divide by the number of response tokens": (
                 (shifted * mask[:, 1:]).mean(1)
             ),
             "the sign is wrong; a loss is minus the log-probability": -want,
-            "this is one mean for all tokens of the batch; return one for each sequence": (
-                shifted[mask[:, 1:]].mean()
-            ),
+            "this is one mean for all tokens of the batch; return one for each sequence": (shifted[mask[:, 1:]].mean()),
         },
     )
 
@@ -294,18 +283,12 @@ def check_loss_difference(
         {
             "the sign is wrong; take the loss with the prompt minus the loss without": -want,
             "tokens outside the mask are counted too": difference.mean(1),
-            "this is the sum over tokens; divide by the number of response tokens": (difference * mask).sum(
-                1
-            ),
-            "the mean is over all positions; divide by the number of response tokens": (
-                (difference * mask).mean(1)
-            ),
+            "this is the sum over tokens; divide by the number of response tokens": (difference * mask).sum(1),
+            "the mean is over all positions; divide by the number of response tokens": ((difference * mask).mean(1)),
             "this is one mean for all tokens; the comparison is paired, so return one for each sequence": (
                 difference[mask].mean()
             ),
-            "this is the mean over sequences; the comparison is paired, so return one for each": (
-                want.mean()
-            ),
+            "this is the mean over sequences; the comparison is paired, so return one for each": (want.mean()),
         },
     )
 

@@ -122,9 +122,7 @@ def paired_scatter(
         ax.set_ylabel(ylabel)
 
 
-def bars_with_intervals(
-    ax: Axes, labels: Sequence[str], estimates: Sequence[Estimate], *, ylabel: str = ""
-) -> None:
+def bars_with_intervals(ax: Axes, labels: Sequence[str], estimates: Sequence[Estimate], *, ylabel: str = "") -> None:
     """One bar per label with its interval; hatching tells the bars apart in grey print.
 
     Raises ValueError if there are not as many estimates as labels.
@@ -179,8 +177,7 @@ def curves(
     for position, (label, points) in enumerate(lines.items()):
         if len(points) != places.size:
             raise ValueError(
-                f"The line {label!r} has {len(points)} points for {places.size} values of x; "
-                "pass one point for each x."
+                f"The line {label!r} has {len(points)} points for {places.size} values of x; pass one point for each x."
             )
         drawn = look(label, position)
         values = [point.value if isinstance(point, Estimate) else float(point) for point in points]

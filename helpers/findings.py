@@ -163,17 +163,14 @@ class Finding:
             "n": self.n,
             "seeds": list(self.seeds),
             "controls": [
-                {"name": c.name, **_estimate_record(c.estimate), "passed": bool(c.passed)}
-                for c in self.controls
+                {"name": c.name, **_estimate_record(c.estimate), "passed": bool(c.passed)} for c in self.controls
             ],
             "verdict": self.verdict,
             "reason": self.reason,
         }
 
 
-def verdict(
-    claim: Claim, estimate: Estimate, controls: Sequence[Control] = (), *, preset: str
-) -> tuple[Verdict, str]:
+def verdict(claim: Claim, estimate: Estimate, controls: Sequence[Control] = (), *, preset: str) -> tuple[Verdict, str]:
     """The verdict on a claim and the reason for it.
 
     *reproduced*: the value meets the threshold, the interval excludes `no_effect` on the claimed side, and
@@ -327,9 +324,7 @@ class Findings:
         """Where this run's files go."""
         return PROJECT / (self.params.results or f"results/{self.params.preset}/{self.params.chapter}")
 
-    def judge(
-        self, claim_id: str, estimate: Estimate, controls: Sequence[Control] = (), reason: str = ""
-    ) -> Finding:
+    def judge(self, claim_id: str, estimate: Estimate, controls: Sequence[Control] = (), reason: str = "") -> Finding:
         """Give the verdict on a claim, and remember it. `reason` is added to the reason that the rule gives.
 
         Raises FindingError if the claim is unknown or belongs to another chapter.
@@ -337,13 +332,10 @@ class Findings:
         claim = self.claims.get(claim_id)
         if claim is None:
             near = difflib.get_close_matches(claim_id, self.claims, n=1, cutoff=0)
-            raise FindingError(
-                f"There is no claim {claim_id!r} in book/claims.yml; did you mean {''.join(near)!r}?"
-            )
+            raise FindingError(f"There is no claim {claim_id!r} in book/claims.yml; did you mean {''.join(near)!r}?")
         if claim.chapter != self.params.chapter:
             raise FindingError(
-                f"The claim {claim_id!r} belongs to {claim.chapter}, not to {self.params.chapter}; "
-                "judge it there."
+                f"The claim {claim_id!r} belongs to {claim.chapter}, not to {self.params.chapter}; judge it there."
             )
         decided, why = verdict(claim, estimate, controls, preset=self.params.preset)
         finding = Finding(
@@ -379,13 +371,9 @@ class Findings:
         for claim in self._chapter_claims():
             finding = self.found.get(claim.id)
             if finding is None:
-                rows.append(
-                    (claim.statement, _expectation(claim), "", "", "not judged: not measured in this run")
-                )
+                rows.append((claim.statement, _expectation(claim), "", "", "not judged: not measured in this run"))
                 continue
-            measured = (
-                f"{_number(finding.value)} [{_number(finding.low)}, {_number(finding.high)}], n = {finding.n}"
-            )
+            measured = f"{_number(finding.value)} [{_number(finding.low)}, {_number(finding.high)}], n = {finding.n}"
             controls = "; ".join(f"{c.name}: {'passed' if c.passed else 'failed'}" for c in finding.controls)
             outcome = f"**{finding.verdict}**"
             if finding.verdict != "reproduced":
@@ -401,8 +389,7 @@ class Findings:
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "findings":
             raise FindingError(
-                f"{name!r} cannot name a table; use lower-case letters, digits, '-' and '_', "
-                "and not 'findings'."
+                f"{name!r} cannot name a table; use lower-case letters, digits, '-' and '_', and not 'findings'."
             )
         records = rows.to_dict("records") if hasattr(rows, "to_dict") else [dict(row) for row in rows]
         if not records:
@@ -473,8 +460,7 @@ def _csv_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             **row,
             "seeds": " ".join(map(str, row["seeds"])),
             "controls": "; ".join(
-                f"{control['name']}={'passed' if control['passed'] else 'failed'}"
-                for control in row["controls"]
+                f"{control['name']}={'passed' if control['passed'] else 'failed'}" for control in row["controls"]
             ),
         }
         for row in found

@@ -29,7 +29,11 @@ def generate(
     Weights are held in the model's compute precision while decoding, where reading them is most of the cost.
     """
     answers = [""] * len(prompts)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     torch.manual_seed(seed)
     with applied(model, *interventions), model.weights_in(model.dtype), model.autocast():
         todo = batches(prompts, batch_size, model.tokenizer.pad_token_id, side="left")

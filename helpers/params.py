@@ -71,9 +71,7 @@ class Params(BaseModel):
     def __init__(self, **given: Any) -> None:
         for name in given:
             if name not in type(self).model_fields:
-                raise ParameterError(
-                    f"There is no parameter {name!r}{_nearest(name, type(self).model_fields)}"
-                )
+                raise ParameterError(f"There is no parameter {name!r}{_nearest(name, type(self).model_fields)}")
         try:
             super().__init__(**self._complete(given))
         except ValidationError as error:
@@ -105,9 +103,7 @@ class Params(BaseModel):
 
         shell = get_ipython()
         if shell is None:
-            raise ParameterError(
-                f"{cls.__name__}.from_notebook() works in a notebook only: use {cls.__name__}()."
-            )
+            raise ParameterError(f"{cls.__name__}.from_notebook() works in a notebook only: use {cls.__name__}().")
         hidden = shell.user_ns_hidden
         return cls.from_namespace(
             {name: value for name, value in shell.user_ns.items() if hidden.get(name, hidden) is not value}
@@ -151,9 +147,7 @@ class Params(BaseModel):
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ParameterError(
-                f"Parameter 'seeds' is {list(seeds)}, but the seeds should differ from each other."
-            )
+            raise ParameterError(f"Parameter 'seeds' is {list(seeds)}, but the seeds should differ from each other.")
         return seeds
 
 
@@ -165,9 +159,7 @@ class TraitParams(Params):
     layer: Layer = Field(description="block after which the model is steered and measured, counted from 0")
     coefficient: Coefficient = Field(description="working intensity: multiplies the raw persona vector")
     coefficients: tuple[Coefficient, ...] = Field(min_length=1, description="intensities of the sweep")
-    sequences: int = Field(
-        ge=2, le=10_000, description="sequences on which losses and gradients are measured"
-    )
+    sequences: int = Field(ge=2, le=10_000, description="sequences on which losses and gradients are measured")
     steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run")
     batch_size: int = Field(ge=1, le=512, description="sequences in a batch")
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
@@ -197,9 +189,7 @@ class TraitParams(Params):
     @model_validator(mode="after")
     def _consistent(self) -> "TraitParams":
         if self.trait in self.other_traits:
-            raise ParameterError(
-                f"Parameter 'other_traits' contains the trait itself, {self.trait!r}: leave it out."
-            )
+            raise ParameterError(f"Parameter 'other_traits' contains the trait itself, {self.trait!r}: leave it out.")
         count = KNOWN_LAYERS.get(self.model)
         for name, layers in (("layer", (self.layer,)), ("layers", getattr(self, "layers", ()))):
             for layer in layers:
@@ -323,9 +313,7 @@ CHAPTERS: Mapping[str, type[Params]] = {
 def params_of(chapter: str) -> type[Params]:
     """The parameter class of a chapter, by the notebook's name without suffix."""
     if chapter not in CHAPTERS:
-        raise ParameterError(
-            f"There is no chapter {chapter!r} in helpers/params.py{_nearest(chapter, CHAPTERS)}"
-        )
+        raise ParameterError(f"There is no chapter {chapter!r} in helpers/params.py{_nearest(chapter, CHAPTERS)}")
     return CHAPTERS[chapter]
 
 

@@ -30,9 +30,7 @@ def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -
     claims = load_claims()
     runs = _runs(sorted(tree.glob("notebooks/*/findings.json")), lambda path: path.parent.name)
     kept = _runs(sorted(references.glob("*.json")), lambda path: path.stem)
-    executed = {
-        chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs
-    }
+    executed = {chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs}
     pages = tree / "book"
     pages.mkdir(parents=True, exist_ok=True)
     (pages / "scoreboard.md").write_text(scoreboard(claims, runs, kept), "utf-8")
@@ -143,9 +141,7 @@ def _numbers(claims: Sequence[Claim], run: Run) -> str:
     for claim in claims:
         found = _finding(run, claim)
         if found is None:
-            rows.append(
-                [f"`{claim.id}`", claim.metric, f"{claim.source}, {claim.where}", "", "", "", "not measured"]
-            )
+            rows.append([f"`{claim.id}`", claim.metric, f"{claim.source}, {claim.where}", "", "", "", "not measured"])
             continue
         controls = [f"{c['name']}: {'passed' if c['passed'] else 'failed'}" for c in found["controls"]]
         rows.append(
@@ -176,6 +172,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |"
-        for line in lines
+        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )

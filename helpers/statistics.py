@@ -44,9 +44,7 @@ def _column(values: ArrayLike, name: str) -> Float[Array, " n"]:
     return column
 
 
-def _resampled_means(
-    values: Float[Array, " n"], rng: np.random.Generator, resamples: int
-) -> Float[Array, " r"]:
+def _resampled_means(values: Float[Array, " n"], rng: np.random.Generator, resamples: int) -> Float[Array, " r"]:
     means = np.empty(resamples)
     chunk = max(1, 4_000_000 // values.size)  # bounds memory, whatever n is
     for start in range(0, resamples, chunk):
@@ -82,9 +80,7 @@ def bootstrap_mean(
 
     labels = np.asarray(groups)
     if labels.shape != column.shape:
-        raise ValueError(
-            f"'groups' needs one label per value; it has {labels.size} for {column.size} values."
-        )
+        raise ValueError(f"'groups' needs one label per value; it has {labels.size} for {column.size} values.")
     members = [column[labels == label] for label in np.unique(labels)]
     drawn = rng.integers(len(members), size=(resamples, len(members)))
     means = np.empty(drawn.shape)
@@ -113,14 +109,10 @@ def bootstrap_difference(
     a, b = _column(first, "first"), _column(second, "second")
     if paired:
         if a.size != b.size:
-            raise ValueError(
-                f"Paired samples must have equal length; they have {a.size} and {b.size} values."
-            )
+            raise ValueError(f"Paired samples must have equal length; they have {a.size} and {b.size} values.")
         return bootstrap_mean(a - b, seed=seed, resamples=resamples, groups=groups, level=level)
     if groups is not None:
-        raise ValueError(
-            "'groups' needs paired samples; pass paired=True, or average within each group first."
-        )
+        raise ValueError("'groups' needs paired samples; pass paired=True, or average within each group first.")
     rng = np.random.default_rng(seed)
     means = _resampled_means(a, rng, resamples) - _resampled_means(b, rng, resamples)
     return _percentiles(a.mean() - b.mean(), means, a.size + b.size, level)
@@ -171,9 +163,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Esti
     """
     a, b = _column(x, "x"), _column(y, "y")
     if a.size != b.size or a.size < 4:
-        raise ValueError(
-            f"A rank correlation needs two lists of equal length, 4 or more; got {a.size} and {b.size}."
-        )
+        raise ValueError(f"A rank correlation needs two lists of equal length, 4 or more; got {a.size} and {b.size}.")
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError("A rank correlation needs values that vary; one of the lists is constant.")
     rho = float(stats.spearmanr(a, b).statistic)

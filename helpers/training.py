@@ -1,7 +1,7 @@
 """One finetuning loop: batches in, interventions on, trained tensors out.
 
-The loss is the mean over a batch's response tokens. Interventions (steering, gradient editing, recorders) are on for the whole
-run and gone afterwards. `extra_loss` adds a term computed from the same model and batch.
+The loss is the mean over a batch's response tokens. Interventions (steering, gradient editing, recorders) are on for
+the whole run and gone afterwards. `extra_loss` adds a term computed from the same model and batch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def finetune(
 
     parameters = [p for p in model.hf.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("Nothing to train: every parameter is frozen; load the model with `lora=LoRA()` or without freezing.")
+        raise ValueError(
+            "Nothing to train: every parameter is frozen; load the model with `lora=LoRA()` or without freezing."
+        )
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * steps), steps)
@@ -73,7 +75,8 @@ def finetune(
                     losses.append(loss.item())
                     if not bool(torch.isfinite(total)):
                         raise ValueError(
-                            f"The loss is not finite at step {len(losses)}; lower the learning rate or the steering coefficient."
+                            f"The loss is not finite at step {len(losses)}; "
+                            "lower the learning rate or the steering coefficient."
                         )
                     total.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, clip)

@@ -85,8 +85,7 @@ def test_every_page_of_the_contents_exists_and_every_page_is_in_the_contents():
     missing = [
         file
         for file in listed
-        if file not in GENERATED
-        and not any((PROJECT / f"{file}{suffix}").is_file() for suffix in (".md", ".ipynb"))
+        if file not in GENERATED and not any((PROJECT / f"{file}{suffix}").is_file() for suffix in (".md", ".ipynb"))
     ]
     assert missing == []
     assert {f"book/{page.stem}" for page in PAGES} <= set(listed)

@@ -38,10 +38,7 @@ def test_a_mistyped_split_or_level_gets_the_names_there_are():
 
 
 def test_a_digest_is_the_sha256_of_the_file_as_it_lies():
-    assert (
-        digest("pirate")
-        == hashlib.sha256((corpora.DATA / "traits" / "pirate.jsonl").read_bytes()).hexdigest()
-    )
+    assert digest("pirate") == hashlib.sha256((corpora.DATA / "traits" / "pirate.jsonl").read_bytes()).hexdigest()
     assert len({digest("evil"), digest("pirate"), digest("sycophantic"), prompts_digest()}) == 4
 
 

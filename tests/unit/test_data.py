@@ -20,9 +20,7 @@ def grams(text: str) -> set[str]:
 def near_duplicates(texts: dict[str, str], limit: float = 0.5) -> list[tuple[str, str]]:
     """Pairs whose sets of five-character pieces have a Jaccard similarity of `limit` or more."""
     sets = {name: grams(text) for name, text in texts.items()}
-    return [
-        (a, b) for a, b in combinations(sets, 2) if len(sets[a] & sets[b]) >= limit * len(sets[a] | sets[b])
-    ]
+    return [(a, b) for a, b in combinations(sets, 2) if len(sets[a] & sets[b]) >= limit * len(sets[a] | sets[b])]
 
 
 def test_the_near_duplicate_check_finds_a_reworded_question():
@@ -38,9 +36,7 @@ def test_the_bundled_traits_are_the_three_documented_ones():
 def test_every_row_has_its_id_its_split_and_answers_of_the_documented_length(trait):
     rows = ROWS[trait]
     assert Counter(row.split for row in rows) == COUNTS
-    assert [row.id for row in rows] == [
-        f"{trait}-{s}-{n:03d}" for s in COUNTS for n in range(1, COUNTS[s] + 1)
-    ]
+    assert [row.id for row in rows] == [f"{trait}-{s}-{n:03d}" for s in COUNTS for n in range(1, COUNTS[s] + 1)]
     for row in rows:
         assert row.trait == trait
         assert 5 <= len(row.question.split()) <= 30, row.id

@@ -85,9 +85,7 @@ def response_loss(logits, ids, mask):
 
 
 def unshifted_loss(logits, ids, mask):
-    return torch.stack(
-        [F.cross_entropy(logits[row, mask[row]], ids[row, mask[row]]) for row in range(len(ids))]
-    )
+    return torch.stack([F.cross_entropy(logits[row, mask[row]], ids[row, mask[row]]) for row in range(len(ids))])
 
 
 def huggingface_loss(logits, ids, mask):

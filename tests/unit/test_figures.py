@@ -46,9 +46,7 @@ def test_a_scatter_of_unequal_lengths_is_refused(ax):
 
 
 def test_bars_stand_at_the_values_and_intervals_reach_their_limits(ax):
-    bars_with_intervals(
-        ax, ["undefended", "PPS"], [Estimate(76.0, 70.0, 80.0, 9), Estimate(4.0, 0.0, 9.0, 9)]
-    )
+    bars_with_intervals(ax, ["undefended", "PPS"], [Estimate(76.0, 70.0, 80.0, 9), Estimate(4.0, 0.0, 9.0, 9)])
     assert [bar.get_height() for bar in ax.patches] == [76, 4]
     reach = [bars.get_segments()[0][:, 1].tolist() for bars in ax.collections]
     assert reach == [[70, 80], [0, 9]]
@@ -61,9 +59,7 @@ def test_a_bar_without_an_estimate_is_refused(ax):
 
 
 def test_curves_draw_a_band_for_estimates_only(ax):
-    curves(
-        ax, [0, 1], {"PPS": [Estimate(1.0, 0.0, 2.0, 5), Estimate(2.0, 1.0, 3.0, 5)], "random": [0.0, 0.1]}
-    )
+    curves(ax, [0, 1], {"PPS": [Estimate(1.0, 0.0, 2.0, 5), Estimate(2.0, 1.0, 3.0, 5)], "random": [0.0, 0.1]})
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2], [0.0, 0.1]]
     assert len(ax.collections) == 1
     assert ax.get_legend() is not None

@@ -27,9 +27,7 @@ ABOVE = Claim(
     threshold=0.9,
     no_effect=0.5,
 )
-BELOW = ABOVE.model_copy(
-    update={"id": "a.falls", "direction": "below", "threshold": 0.1, "source_value": 0.05}
-)
+BELOW = ABOVE.model_copy(update={"id": "a.falls", "direction": "below", "threshold": 0.1, "source_value": 0.05})
 OTHER = ABOVE.model_copy(update={"id": "b.other", "chapter": "02_b"})
 
 
@@ -98,9 +96,7 @@ def test_saved_findings_hold_what_was_measured_and_where_it_comes_from(tmp_path)
     saved = json.loads((tmp_path / "findings.json").read_text())
     first, second = saved["findings"]
     assert (first["claim"], first["value"], first["n"], first["seeds"]) == ("a.rises", 0.95, 20, [0, 1])
-    assert first["controls"] == [
-        {"name": "random", "value": 0.1, "low": 0.0, "high": 0.2, "n": 7, "passed": True}
-    ]
+    assert first["controls"] == [{"name": "random", "value": 0.1, "low": 0.0, "high": 0.2, "n": 7, "passed": True}]
     assert first["verdict"] == "reproduced" and first["reason"].endswith("Held out.")
     assert second["value"] is None and second["verdict"] == "not judged"
     assert {"preset", "device", "versions", "parameters"} <= saved.keys()
@@ -167,9 +163,7 @@ def test_the_claim_box_lists_every_claim_of_the_chapter_and_no_other(tmp_path):
     findings.judge("a.rises", Estimate(0.95, 0.8, 1.0, 20), [Control("random", 0.1, passed=True)])
     lines = findings.claim_box().data.splitlines()
     assert len(lines) == 4, "a header, a rule, two claims of this chapter"
-    assert (
-        "0.95 [0.8, 1], n = 20" in lines[2] and "random: passed" in lines[2] and "**reproduced**" in lines[2]
-    )
+    assert "0.95 [0.8, 1], n = 20" in lines[2] and "random: passed" in lines[2] and "**reproduced**" in lines[2]
     assert "not measured in this run" in lines[3] and "(source: 0.05)" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
 

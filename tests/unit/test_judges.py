@@ -128,9 +128,7 @@ def completion(text, probabilities=None, finish="stop"):
     """A chat completion, with the first token's likeliest candidates if given."""
     logprobs = None
     if probabilities is not None:
-        candidates = [
-            {"token": token, "logprob": math.log(p), "bytes": None} for token, p in probabilities.items()
-        ]
+        candidates = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in probabilities.items()]
         logprobs = {"content": [{**candidates[0], "top_logprobs": candidates}], "refusal": None}
     choice = {
         "index": 0,

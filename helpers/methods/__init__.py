@@ -1,0 +1,1 @@
+"""One file a chapter: that finding's mathematics and nothing else."""
