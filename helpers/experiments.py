@@ -88,8 +88,8 @@ class Experiment:
             name: corpora.split(corpora.load_trait(params.trait), name) for name in ("train", "extract", "eval")
         }
         self.prompts = corpora.load_prompts(params.trait)
-        self.judge = TraitJudge.fit(self.rows["train"])
         self._vectors: dict[str, PersonaVector] = {}
+        self.judge = TraitJudge.fit(self.rows["train"], self._plain_answers())
 
     @property
     def heldout(self) -> list[corpora.TraitRow]:
@@ -100,8 +100,26 @@ class Experiment:
         """The held-out questions with their written answers of one level."""
         return [encode(self.model.tokenizer, row.question, row.answer(level), system) for row in self.heldout]
 
+    def _plain_answers(self) -> list[str]:
+        """The untrained model's answers to the training questions: what an answer without the trait looks like."""
+        questions = [row.question for row in self.rows["train"]]
+        artifact = self.store.get(
+            "plain-answers",
+            lambda: ({}, {"answers": self._answer(self.model, questions)}),
+            parameters={"trait": self.params.trait, "max_new_tokens": self.params.max_new_tokens, **self._precision()},
+            uses=["generation", "chat"],
+            model=self.model.digest,
+            data={self.params.trait: corpora.digest(self.params.trait)},
+        )
+        answers: list[str] = artifact.facts["answers"]
+        return answers
+
+    def _answer(self, model: Model, questions: Sequence[str], system: str | None = None) -> list[str]:
+        prompts = [encode(model.tokenizer, question, system=system) for question in questions]
+        return generate(model, prompts, max_new_tokens=self.params.max_new_tokens)
+
     def vector(self, trait: str | None = None) -> PersonaVector:
-        """The persona vector of a trait (default: the chapter's); "random" is Gaussian, of the same norm at every layer.
+        """A trait's persona vector (default: the chapter's); "random" is Gaussian, of the same norm at every layer.
 
         Written answers of the extraction split are read by the untrained model; the source lets the model write them
         under trait-eliciting prompts, which a model this small does not follow. So this is a reconstruction.
@@ -279,9 +297,7 @@ class Experiment:
         p, tokenizer = self.params, self.model.tokenizer
         model = self.trained(run) if run else self.model
         questions = [row.question for row in self.heldout]
-        answers = generate(
-            model, [encode(tokenizer, q, system=system) for q in questions], max_new_tokens=p.max_new_tokens
-        )
+        answers = self._answer(model, questions, system)
         losses = evaluate_losses(self.model, [encode(tokenizer, q, a) for q, a in zip(questions, answers, strict=True)])
         activations = mean_activations(model, self.examples(), layers=[p.layer])[0]
         return {"activations": activations}, {"answers": answers, "perplexities": losses.exp().tolist()}

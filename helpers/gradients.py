@@ -103,8 +103,8 @@ class GradientStatistics:
     """Per vector name: mean over tokens of cos(g, v)."""
     means: Float[Tensor, "layer example d_model"]
     """Mean gradient over tokens."""
-    token_cosines: list[Float[Tensor, " token"]]
-    """cos(g, v) at each masked token, for the first vector at the first layer."""
+    token_cosines: list[Float[Tensor, "layer token"]]
+    """Per example: cos(g, v) of the first vector at each masked token."""
 
     def at(self, layer: int) -> int:
         """The index of a layer in the first dimension of `cosines` and `means`."""
@@ -119,7 +119,7 @@ def gradient_statistics(
     layers: Sequence[int],
     tokens: Tokens = "response",
     interventions: Iterable[Intervention] = (),
-    batch_size: int = 16,
+    batch_size: int = 8,
 ) -> GradientStatistics:
     """Cosines of every sequence's activation gradients with each vector, at each layer, reduced batch by batch."""
     layers, interventions = tuple(layers), tuple(interventions)
@@ -136,9 +136,9 @@ def gradient_statistics(
             means[i, rows] = found.sequence_means(layer).cpu()
             for name, vector in vectors.items():
                 cosines[name][i, rows] = found.sequence_cosines(layer, vector[layer]).cpu()
-        every = found.token_cosines(layers[0], vectors[first][layers[0]]).cpu()
+        every = torch.stack([found.token_cosines(layer, vectors[first][layer]).cpu() for layer in layers])
         for i, row in enumerate(rows):
-            per_token[row] = every[i][found.mask[i].cpu()]
+            per_token[row] = every[:, i, found.mask[i].cpu()]
     return GradientStatistics(layers, losses, cosines, means, per_token)
 
 

@@ -60,18 +60,24 @@ class TraitJudge:
         self.regularisation = regularisation
         """Inverse strength C of the penalty, chosen by cross-validation on the fitted rows."""
         self.fitted_on = fitted_on
-        """Answers in the fit, half of them normal and half strong."""
+        """Answers in the fit."""
         self._pipeline = pipeline
 
     @classmethod
-    def fit(cls, rows: Sequence[TraitRow]) -> "TraitJudge":
-        """Learn normal against strong answers of one trait from `rows` (any split). Deterministic."""
+    def fit(cls, rows: Sequence[TraitRow], plain: Sequence[str] = ()) -> "TraitJudge":
+        """Learn normal against strong answers of one trait from `rows` (any split). Deterministic.
+
+        `plain` are further answers without the trait, one per row: the untrained model's own. Without them the
+        judge has only seen answers written by people and takes a model's manner of writing for the trait.
+        """
         traits = {row.trait for row in rows}
         if len(traits) != 1 or len(rows) < 10:
             raise JudgeError(f"A trait judge needs at least 10 rows of one trait; got {len(rows)} of {len(traits)}.")
-        texts = [row.normal for row in rows] + [row.strong for row in rows]
-        labels = [0] * len(rows) + [1] * len(rows)
-        questions = [row.id for row in rows] * 2  # both answers to a question stay in the same fold
+        if plain and len(plain) != len(rows):
+            raise JudgeError(f"A trait judge needs one plain answer per row; got {len(plain)} for {len(rows)} rows.")
+        texts = [row.normal for row in rows] + [row.strong for row in rows] + list(plain)
+        labels = [0] * len(rows) + [1] * len(rows) + [0] * len(plain)
+        questions = [row.id for row in rows] * (3 if plain else 2)  # all answers to a question stay in the same fold
 
         counting: dict[str, Any] = {"min_df": 2, "sublinear_tf": True}
         features = FeatureUnion(
@@ -81,7 +87,9 @@ class TraitJudge:
             ]
         )
         # The dual solver is the fast one where features (thousands) outnumber texts.
-        classifier = LogisticRegression(solver="liblinear", dual=True, max_iter=10_000, random_state=0)
+        classifier = LogisticRegression(
+            solver="liblinear", dual=True, max_iter=10_000, random_state=0, class_weight="balanced"
+        )
         search = GridSearchCV(
             Pipeline([("features", features), ("classifier", classifier)]),
             {"classifier__C": [1.0, 10.0, 100.0, 1000.0, 10000.0]},

@@ -19,6 +19,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from helpers.artifacts import default_store
+from helpers.artifacts import Store, default_store
 from helpers.chat import Batch, Where
 
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -264,7 +265,8 @@ def _embedded() -> tuple[Any, Any]:
     config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     with torch.device("meta"):
         hf = LlamaForCausalLM(config)
-    missing, unexpected = hf.load_state_dict(artifact.tensors, strict=False, assign=True)
+    weights = {name: tensor.clone() for name, tensor in artifact.tensors.items()}  # they will be trained
+    missing, unexpected = hf.load_state_dict(weights, strict=False, assign=True)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     hf.tie_weights()
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its buffer is computed, not stored
@@ -273,16 +275,21 @@ def _embedded() -> tuple[Any, Any]:
 
 def _embedded_parts() -> tuple[Any, Any]:
     """The embedded model's stored weights and its tokenizer; dequantized from the GGUF once."""
+    return _read_embedded(default_store().root)
+
+
+@cache
+def _read_embedded(root: Path) -> tuple[Any, Any]:
+    """Read and verified once a process: chapters load the model dozens of times."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    artifact = default_store().get(
+    artifact = Store(root).get(
         "embedded-model",
         _dequantize,
         parameters={"gguf": EMBEDDED_GGUF, "sha256": EMBEDDED_SHA256, "torch": torch.__version__},
         uses=[],
     )
-    from tokenizers import Tokenizer
-
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(artifact.facts["tokenizer"])),
         chat_template=artifact.facts["chat_template"],

@@ -5,6 +5,7 @@ never on a bare number. Where a resampling interval would have no width (all suc
 a closed form that does is used instead.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,26 @@ def bootstrap_difference(
     rng = np.random.default_rng(seed)
     means = _resampled_means(a, rng, resamples) - _resampled_means(b, rng, resamples)
     return _percentiles(a.mean() - b.mean(), means, a.size + b.size, level)
+
+
+def mean_over_seeds(values: ArrayLike, *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Estimate:
+    """Mean of `values` (seed, sequence): a bootstrap over sequences, and over seeds where there are several."""
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    groups = np.repeat(np.arange(len(table)), table.shape[1]) if len(table) > 1 else None
+    return bootstrap_mean(table.ravel(), seed=seed, resamples=resamples, groups=groups, level=level)
+
+
+def bootstrap(
+    statistic: Callable[..., float], *samples: Array, seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """`statistic(*samples)` with a percentile interval; the rows of all samples are resampled together."""
+    n = len(samples[0])
+    if any(len(sample) != n for sample in samples):
+        raise ValueError(f"Samples resampled together must be equally long; got {[len(s) for s in samples]} rows.")
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(n, size=n) for _ in range(resamples)]
+    found = np.array([statistic(*(sample[rows] for sample in samples)) for rows in drawn])
+    return _percentiles(statistic(*samples), found, n, level)
 
 
 def share(successes: int | np.integer, n: int | np.integer, *, level: float = 0.95) -> Estimate:
