@@ -234,7 +234,7 @@ class Experiment:
             device=p.device,
             dtype=p.dtype,
             finetuned=start.finetuned if start else (),
-            lora=LoRA(p.lora_rank, 2 * p.lora_rank) if p.lora_rank else None,
+            lora=LoRA(p.lora_rank) if p.lora_rank else None,
         )
         interventions: list[Intervention] = []
         if defence.edit:

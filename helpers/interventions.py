@@ -86,7 +86,8 @@ class Ablate:
             raise ValueError(
                 f"Directions have shape {tuple(self.directions.shape)}; {model.name} needs (k, {model.width})."
             )
-        basis = torch.linalg.qr(self.directions.float().T)[0].to(model.device)  # (d_model, k)
+        left, size, _ = torch.linalg.svd(self.directions.float().T.to(model.device), full_matrices=False)
+        basis = left[:, size > 1e-5 * size.max()]  # (d_model, rank): directions may depend on each other
 
         def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
             d = basis.to(a.dtype)

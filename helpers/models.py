@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from helpers.artifacts import Store, default_store
+from helpers.artifacts import Store, default_store, file_digest
 from helpers.chat import Batch, Where
 
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,11 +62,15 @@ REGISTRY = {
 class LoRA:
     """Low-rank adapters on every linear layer of the blocks, rank-stabilised (rsLoRA).
 
-    Defaults are those of the persona-vectors finetuning recipe (Chen et al. 2025).
+    Rank 32 and alpha twice the rank are those of the persona-vectors finetuning recipe (Chen et al. 2025). Alpha
+    follows from the rank, so trained factors alone say how they are merged.
     """
 
     rank: int = 32
-    alpha: int = 64
+
+    @property
+    def alpha(self) -> int:
+        return 2 * self.rank
 
 
 @dataclass
@@ -226,7 +230,8 @@ def _plain(name: str, layer: int | None) -> tuple[Any, Any, str]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     revision = getattr(config, "_commit_hash", None)
-    return hf, tokenizer, revision[:16] if revision else _digest([config.to_json_string()])
+    folder = sorted(Path(name).glob("*.safetensors"))
+    return hf, tokenizer, revision[:16] if revision else _digest([config.to_json_string(), *map(file_digest, folder)])
 
 
 def _check_layer(name: str, layer: int | None, layers: int) -> None:
@@ -341,35 +346,22 @@ def _attach(hf: Any, lora: LoRA) -> Any:
 
 
 def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
-    factors = {k: v for k, v in tensors.items() if ".lora_A." in k}
-    if factors:
-        return _merge_lora(hf, tensors, rank=next(iter(factors.values())).shape[0])
-    missing, unexpected = hf.load_state_dict(dict(tensors), strict=False)
-    tied = {"lm_head.weight"} if hf.config.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
+    """Put a run's trained tensors into the plain model they were trained on; LoRA factors are merged into its
+    weights."""
+    factors = [tensor for name, tensor in tensors.items() if ".lora_A." in name]
+    inner = _attach(hf, LoRA(factors[0].shape[0])) if factors else hf
+    trainable = {k.removeprefix("base_model.model."): p for k, p in inner.named_parameters() if p.requires_grad}
+    unknown, missing = tensors.keys() - trainable.keys(), trainable.keys() - tensors.keys()
+    misshapen = [k for k in trainable.keys() & tensors.keys() if trainable[k].shape != tensors[k].shape]
+    if unknown or missing or misshapen:
         raise ValueError(
-            f"The finetuned weights do not fit this model: {len(unexpected)} tensors are unknown to it "
-            f"and {len(set(missing) - tied)} are missing; load them into the model they were trained on."
+            f"The finetuned tensors do not fit this model ({len(unknown)} are unknown to it, {len(missing)} are "
+            f"missing and {len(misshapen)} have another shape); load them into the model they were trained on."
         )
-    return hf
-
-
-def _merge_lora(hf: Any, tensors: Mapping[str, Tensor], rank: int) -> Any:
-    from peft import set_peft_model_state_dict
-
-    wrapped = _attach(hf, LoRA(rank=rank))
-    # trained_tensors names are those inside the PEFT model; its state dict leaves the adapter's name out
-    state = {f"base_model.model.{k.replace('.default.', '.')}": v for k, v in tensors.items()}
-    expected = {k for k, p in wrapped.named_parameters() if p.requires_grad}
-    given = {f"base_model.model.{k}" for k in tensors}
-    if expected != given:
-        raise ValueError(
-            f"The LoRA tensors do not fit this model: {len(given - expected)} are unknown to it and "
-            f"{len(expected - given)} are missing; load them into the model they were trained on."
-        )
-    result = set_peft_model_state_dict(wrapped, state)
-    assert not result.unexpected_keys, result.unexpected_keys
-    return wrapped.merge_and_unload()
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors[name])
+    return inner.merge_and_unload().requires_grad_(True) if factors else inner
 
 
 def _keep_freed_memory() -> None:
