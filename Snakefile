@@ -89,6 +89,7 @@ rule pages:
 rule execute:
     input:
         "book/claims.yml",
+        lambda wildcards: [str(path) for path in Path("book/reference").glob(f"{wildcards.chapter}.json")],
         lambda wildcards: [
             str(path.relative_to(Path.cwd())) for path in notebook_sources(f"notebooks/{wildcards.chapter}.ipynb")
         ],

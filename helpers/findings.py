@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS_FILE = PROJECT / "book" / "claims.yml"
+REFERENCES = PROJECT / "book" / "reference"
 PACKAGES = (
     "helpers",
     "torch",
@@ -381,6 +382,28 @@ class Findings:
             rows.append((claim.statement, _expectation(claim), measured, controls or "none", outcome))
         header = ("Claim", "Counts as reproduced if", "Measured here, 95% interval", "Controls", "Verdict")
         return Markdown(_markdown_table(header, rows))
+
+    def reference_box(self, folder: Path = REFERENCES) -> Markdown:
+        """The committed reference run of this chapter, as a table of its own; a sentence where there is none.
+
+        It was made elsewhere (usually by the `full` preset on a GPU); nothing of it enters this run's findings.
+        """
+        path = folder / f"{self.params.chapter}.json"
+        if not path.exists():
+            return Markdown("No reference run of this chapter is kept in this copy of the book.")
+        run = json.loads(path.read_text("utf-8"))
+        recorded = {finding["claim"]: finding for finding in run["findings"]}
+        rows = []
+        for claim in self._chapter_claims():
+            there, here = recorded.get(claim.id), self.found.get(claim.id)
+            numbers = [
+                "" if f is None or f["value"] is None else f"{_number(f['value'])} [{f['low']:.3g}, {f['high']:.3g}]"
+                for f in (here.record() if here else None, there)
+            ]
+            verdicts = [here.verdict if here else "not judged", there["verdict"] if there else "not judged"]
+            rows.append((claim.statement, *(f"{n} {v}".strip() for n, v in zip(numbers, verdicts, strict=True))))
+        made = f"{run['preset']}, {run['model']}, {run['device']}, {len(run['seeds'])} seeds"
+        return Markdown(_markdown_table(("Claim", "This run", f"Reference run ({made})"), rows))
 
     def table(self, name: str, rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> Path:
         """Save the numbers of a figure as `{name}.csv`, and return its path.

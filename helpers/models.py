@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import json
@@ -171,6 +172,7 @@ def load(
     Raises `ValueError` for an unknown model, a layer it does not have, or tensors that do not fit it.
     """
     _keep_freed_memory()
+    gc.collect()  # a bridge and its model refer to each other: without this, models no longer used would pile up
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     hf, tokenizer, digest = _plain(name, layer)
     for tensors in finetuned:

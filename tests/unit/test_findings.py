@@ -196,3 +196,15 @@ def test_importing_findings_loads_neither_torch_nor_models():
     code = "import sys, helpers.findings; print([m for m in ('torch', 'helpers.models') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_reference_run_stands_beside_this_run_and_does_not_enter_it(tmp_path):
+    findings = run(tmp_path)
+    assert "No reference run" in findings.reference_box(tmp_path).data
+    there = {"claim": ABOVE.id, "value": 0.125, "low": 0.1, "high": 0.15, "verdict": "direction only"}
+    kept = {"preset": "full", "model": "m", "device": "cuda", "seeds": [0, 1], "findings": [there]}
+    (tmp_path / "01_a.json").write_text(json.dumps(kept))
+    box = findings.reference_box(tmp_path).data
+    assert "Reference run (full, m, cuda, 2 seeds)" in box
+    assert "0.125 [0.1, 0.15] direction only" in box
+    assert not findings.found
