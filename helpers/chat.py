@@ -144,6 +144,8 @@ def training_batches(
     given = 0
     while given < steps:
         examples = list(draw(rng))
+        if not examples:
+            raise ValueError("There are no examples to train on; check the data's split and level.")
         order = rng.sample(range(len(examples)), len(examples))
         window = 8 * batch_size
         by_length = [

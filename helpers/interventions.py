@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from helpers.models import Model
 Hook = tuple[str, Any]
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """Anything that can name hook points and what to do there."""
 
