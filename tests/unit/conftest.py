@@ -1,6 +1,10 @@
 """One tiny model for all unit tests: tests that train or change weights load their own."""
 
+from dataclasses import dataclass, field
+
 import pytest
+import torch
+from jaxtyping import config
 
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
@@ -16,3 +20,51 @@ def tiny():
 def examples(tiny):
     """Six conversations of different lengths."""
     return [encode(tiny.tokenizer, row.question, row.strong) for row in split(load_trait("evil"), "eval")[:6]]
+
+
+@pytest.fixture
+def untyped():
+    """As in a notebook, where arguments are not type-checked and a helper's own sentence is what the reader sees."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Keeps what passes a hook point, where it stands among the interventions."""
+
+    point: str
+    seen: list = field(default_factory=list)
+
+    def hooks(self, model):
+        def keep(activation, hook):
+            self.seen.append(activation)
+
+        return [(self.point, keep)]
+
+
+@pytest.fixture(scope="session")
+def watch():
+    return Watch
+
+
+@pytest.fixture(scope="session")
+def hook_count():
+    """How many hooks hang on a model, TransformerLens' and torch's own."""
+
+    def count(model):
+        modules = list(model.bridge.modules())
+        ours = sum(len(getattr(m, "fwd_hooks", ())) + len(getattr(m, "bwd_hooks", ())) for m in modules)
+        return ours + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+
+    return count
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads gain nothing on a tiny model, and wait long for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
