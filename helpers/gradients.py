@@ -103,7 +103,7 @@ class GradientStatistics:
     """Per vector name: mean over tokens of cos(g, v)."""
     means: Float[Tensor, "layer example d_model"]
     """Mean gradient over tokens."""
-    token_cosines: list[Float[Tensor, "layer token"]]
+    token_cosines: list[Float[Tensor, "layer _"]]
     """Per example: cos(g, v) of the first vector at each masked token."""
 
     def at(self, layer: int) -> int:
