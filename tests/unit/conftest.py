@@ -54,6 +54,8 @@ def hook_count():
     """How many hooks hang on a model, TransformerLens' and torch's own."""
 
     def count(model):
+        with torch.no_grad():
+            model.hf.base_model(input_ids=torch.tensor([[1]]))  # TransformerLens wires itself up in the first pass
         modules = list(model.bridge.modules())
         ours = sum(len(getattr(m, "fwd_hooks", ())) + len(getattr(m, "bwd_hooks", ())) for m in modules)
         return ours + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)

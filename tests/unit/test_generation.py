@@ -1,0 +1,119 @@
+"""Batched decoding gives what one full forward pass per token would give, with interventions on."""
+
+import pytest
+import torch
+
+from helpers.chat import encode
+from helpers.generation import generate
+from helpers.interventions import Steer
+from helpers.models import load, plain_model
+
+NEW = 8
+QUESTIONS = ("Why is the sky blue?", "How do I thaw a chicken before the guests come at seven?", "Where?")
+
+
+def vector():
+    return 20 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    """Blocks that say more than the tiny model's, which repeats the last token of its prompt."""
+    return {name: 20 * t if ".layers." in name and t.ndim == 2 else t for name, t in tiny.trained_tensors().items()}
+
+
+@pytest.fixture(scope="module")
+def talker(weights):
+    return load("tiny-random", dtype="float32", finetuned=[weights])
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return [encode(tiny.tokenizer, question) for question in QUESTIONS]
+
+
+def steered_positions(where, length, prompt_length):
+    mask = torch.zeros(length, dtype=torch.bool)
+    if where == "all":
+        mask[:] = True
+    elif where == "prompt":
+        mask[:prompt_length] = True
+    elif where == "response":
+        mask[prompt_length:] = True
+    elif where is not None:
+        mask[list(where)] = True
+    return mask
+
+
+def without_cache(weights, prompt, where):
+    """Greedy decoding of the plain model: the whole text anew for every token, steered by torch's own hook."""
+    plain, tokenizer = plain_model("tiny-random")
+    plain.load_state_dict(weights, strict=False)
+    text = list(prompt.ids)
+
+    def add(module, args, out):
+        mask = steered_positions(where, out.shape[1], len(prompt))
+        return out + mask[:, None] * vector()
+
+    plain.model.layers[0].register_forward_hook(add)
+    for _ in range(NEW):
+        with torch.no_grad():
+            text.append(int(plain(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
+        if text[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(text[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("where", [None, "all", "prompt", "response", (0, 3)])
+def test_cached_decoding_is_the_same_as_full_passes_for_every_token(talker, weights, prompts, where):
+    steering = [] if where is None else [Steer(0, vector(), 1.0, where)]
+    answers = generate(talker, prompts, max_new_tokens=NEW, interventions=steering)
+    assert answers == [without_cache(weights, prompt, where) for prompt in prompts]
+    assert min(len(set(answer.split())) for answer in answers) > 2
+
+
+def test_steering_changes_what_is_said(talker, prompts):
+    said = {
+        str(where): generate(talker, prompts, max_new_tokens=NEW, interventions=[Steer(0, vector(), 1.0, where)])
+        for where in ("all", "prompt", "response")
+    }
+    said["none"] = generate(talker, prompts, max_new_tokens=NEW)
+    assert len({tuple(answers) for answers in said.values()}) == 4
+
+
+def test_answers_come_in_the_order_given_whatever_the_batches(talker, prompts):
+    together = generate(talker, prompts, max_new_tokens=NEW)
+    assert generate(talker, prompts, max_new_tokens=NEW, batch_size=1) == together
+    assert generate(talker, prompts[::-1], max_new_tokens=NEW, batch_size=2) == together[::-1]
+
+
+def test_sampling_depends_on_the_seed(talker, prompts):
+    one, same, other = (generate(talker, prompts, max_new_tokens=NEW, temperature=1.0, seed=s) for s in (1, 1, 2))
+    assert one == same != other
+    assert one != generate(talker, prompts, max_new_tokens=NEW)
+
+
+def test_decoding_in_bfloat16_leaves_the_weights_as_they_were(prompts, hook_count):
+    model = load("tiny-random", dtype="bfloat16")
+    before = [(p.data_ptr(), p.detach().clone()) for p in model.hf.parameters()]
+    hooks = hook_count(model)
+    assert len(generate(model, prompts, max_new_tokens=2, interventions=[Steer(0, vector(), 1.0)])) == 3
+    for p, (place, values) in zip(model.hf.parameters(), before, strict=True):
+        assert p.data_ptr() == place and torch.equal(p, values)
+    assert hook_count(model) == hooks
+    assert model.current is None
+
+
+def test_no_hook_is_left_when_decoding_fails(talker, prompts, hook_count):
+    class Fail:
+        def hooks(self, model):
+            def fail(activation, hook):
+                raise RuntimeError("in the pass")
+
+            return [("blocks.1.hook_resid_post", fail)]
+
+    before = hook_count(talker)
+    with pytest.raises(RuntimeError, match="in the pass"):
+        generate(talker, prompts, max_new_tokens=2, interventions=[Steer(0, vector(), 1.0), Fail()])
+    assert hook_count(talker) == before
+    assert talker.current is None

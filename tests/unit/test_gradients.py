@@ -1,0 +1,247 @@
+"""Activation gradients are autograd's own, of one sequence's own loss."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.chat import collate, training_batches
+from helpers.gradients import RecordCosines, activation_gradients, gradient_statistics, uncentred_pca
+from helpers.interventions import EditGradient, Steer, applied
+from helpers.losses import evaluate_losses, sequence_losses
+from helpers.models import load, plain_model
+from helpers.training import finetune
+
+PAD, WIDTH = 2, 32
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def batch(examples):
+    return collate(examples[:4], PAD)
+
+
+@pytest.fixture(scope="module")
+def found(tiny, batch):
+    return activation_gradients(tiny, batch, [0, 1])
+
+
+# One pass
+
+
+def test_gradients_are_those_of_plain_pytorch_on_the_plain_model(found, examples):
+    """One conversation at a time, with Hugging Face's loss and hooks that are torch's own."""
+    plain, _ = plain_model("tiny-random")
+    kept = []
+    for block in plain.model.layers:
+        block.register_forward_hook(lambda module, args, out: kept.append(out))
+    for i, example in enumerate(examples[:4]):
+        kept.clear()
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : example.prompt_length] = -100
+        expected = torch.autograd.grad(plain(input_ids=ids, labels=labels).loss, kept)
+        for layer in (0, 1):
+            gradient = found.gradients[layer][i]
+            torch.testing.assert_close(gradient[: len(example)], expected[layer][0], atol=1e-7, rtol=1e-4)
+            assert not gradient[len(example) :].any()  # padding
+
+
+def test_a_gradient_does_not_depend_on_what_else_is_in_the_batch(tiny, found, examples):
+    for i, example in enumerate(examples[:4]):
+        alone = activation_gradients(tiny, collate([example], PAD), [0, 1])
+        for layer in (0, 1):
+            together = found.gradients[layer][i, : len(example)]
+            torch.testing.assert_close(together, alone.gradients[layer][0], atol=1e-7, rtol=1e-4)
+
+
+def test_the_layers_asked_for_in_one_pass_are_those_asked_for_one_by_one(tiny, batch, found):
+    assert set(found.gradients) == {0, 1}
+    for layer in (0, 1):
+        alone = activation_gradients(tiny, batch, [layer])
+        assert list(alone.gradients) == [layer]
+        assert torch.equal(alone.gradients[layer], found.gradients[layer])
+
+
+def test_at_the_last_layer_only_predicting_positions_have_a_gradient_and_below_the_prompt_has_one(found, batch):
+    present = {layer: found.gradients[layer].abs().sum(-1) > 0 for layer in (0, 1)}
+    assert torch.equal(present[1], batch.predicting)
+    assert (present[0] & ~batch.response & ~batch.predicting).any()
+
+
+def test_no_weight_gradient_is_computed_and_no_hook_or_graph_is_left(tiny, batch, hook_count):
+    before, calls = hook_count(tiny), []
+    handles = [p.register_hook(lambda g: calls.append(g)) for p in tiny.hf.parameters()]
+    found = activation_gradients(tiny, batch, [1])
+    for handle in handles:
+        handle.remove()
+    assert not calls and all(p.grad is None for p in tiny.hf.parameters())
+    assert hook_count(tiny) == before
+    assert not found.losses.requires_grad and not found.gradients[1].requires_grad
+
+
+def test_the_losses_are_those_of_the_same_forward_pass(tiny, found, examples):
+    torch.testing.assert_close(found.losses, evaluate_losses(tiny, examples[:4]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", ["response", "all"])
+def test_the_tokens_that_count_are_those_that_predict_the_response_or_all(tiny, batch, tokens):
+    found = activation_gradients(tiny, batch, [0], tokens=tokens)
+    assert torch.equal(found.mask, batch.predicting if tokens == "response" else batch.attention)
+
+
+def test_a_layer_that_does_not_exist_is_an_error(tiny, batch):
+    with pytest.raises(ValueError, match="Layer 2 does not exist"):
+        activation_gradients(tiny, batch, [0, 2])
+
+
+# Cosines
+
+
+def test_a_sequences_cosine_is_the_mean_of_its_tokens_cosines(found, examples):
+    v = random(WIDTH)
+    got = found.sequence_cosines(1, v)
+    for i, example in enumerate(examples[:4]):
+        cosines = []
+        for t in range(example.prompt_length - 1, len(example) - 1):
+            g = found.gradients[1][i, t]
+            cosines.append(float(g @ v / (g.norm() * v.norm())))
+        assert got[i].item() == pytest.approx(np.mean(cosines), abs=1e-6)
+
+
+def test_a_sequences_mean_gradient_is_over_the_same_tokens(found, examples):
+    means = found.sequence_means(1)
+    for i, example in enumerate(examples[:4]):
+        expected = found.gradients[1][i, example.prompt_length - 1 : len(example) - 1].mean(0)
+        torch.testing.assert_close(means[i], expected, atol=1e-8, rtol=1e-5)
+
+
+def test_the_cosine_of_a_gradient_that_is_zero_is_zero(found, batch):
+    cosines = found.token_cosines(1, random(WIDTH))
+    assert cosines.shape == batch.ids.shape
+    assert not cosines[~batch.predicting].any()
+    assert cosines[batch.predicting].abs().min() > 0
+
+
+# Steering
+
+
+def test_under_a_constant_shift_the_gradient_is_the_same_before_and_after_it(tiny, batch):
+    """h' = h + a v, so dL/dh = dL/dh': what changes is the point at which the gradient is taken."""
+    before, after = [], []
+
+    class Keep:
+        def __init__(self, kept):
+            self.kept = kept
+
+        def hooks(self, model):
+            return [("blocks.0.hook_resid_post", lambda h, hook: self.kept.append(h))]
+
+    steer = Steer(0, random(WIDTH), 3.0)
+    with applied(tiny, Keep(before), steer, Keep(after)):
+        at_h, at_shifted = torch.autograd.grad(sequence_losses(tiny, batch).sum(), [before[0], after[0]])
+    assert torch.equal(at_h, at_shifted)
+    mask = batch.attention
+    torch.testing.assert_close(after[0][mask], before[0][mask] + 3 * random(WIDTH))
+    steered = activation_gradients(tiny, batch, [0], interventions=[steer])
+    assert torch.equal(steered.gradients[0], at_h)
+    undefended = activation_gradients(tiny, batch, [0])
+    assert not torch.allclose(steered.gradients[0], undefended.gradients[0], atol=1e-7, rtol=1e-2)
+
+
+# Many sequences
+
+
+def test_statistics_come_in_the_order_given_whatever_the_batches(tiny, examples):
+    vectors = {"one": random(2, WIDTH, seed=1), "two": random(2, WIDTH, seed=2)}
+    got = gradient_statistics(tiny, examples, vectors, layers=[1, 0], batch_size=4)
+    assert got.layers == (1, 0) and (got.at(1), got.at(0)) == (0, 1)
+    assert got.means.shape == (2, len(examples), WIDTH)
+    for i, example in enumerate(examples):
+        alone = activation_gradients(tiny, collate([example], PAD), [0, 1])
+        assert got.losses[i].item() == pytest.approx(alone.losses.item(), abs=1e-5)
+        for layer in (0, 1):
+            place = got.at(layer)
+            torch.testing.assert_close(got.means[place, i], alone.sequence_means(layer)[0], atol=1e-7, rtol=1e-3)
+            for name, vector in vectors.items():
+                expected = alone.sequence_cosines(layer, vector[layer])
+                torch.testing.assert_close(got.cosines[name][place, i], expected[0], atol=1e-5, rtol=0)
+            tokens = alone.token_cosines(layer, vectors["one"][layer])[alone.mask]
+            torch.testing.assert_close(got.token_cosines[i][place], tokens, atol=1e-5, rtol=0)
+
+
+def test_statistics_over_all_tokens_hold_every_token(tiny, examples):
+    vectors = {"one": random(2, WIDTH, seed=1)}
+    got = gradient_statistics(tiny, examples, vectors, layers=[0], tokens="all")
+    assert [t.shape for t in got.token_cosines] == [(1, len(e)) for e in examples]
+
+
+# Training, watched
+
+
+def train(model, examples, interventions, steps=2):
+    given = training_batches(lambda rng: examples[:4], steps=steps, batch_size=4, seed=0, pad_id=PAD)
+    return finetune(model, given, steps=steps, learning_rate=1e-3, seed=0, interventions=interventions)
+
+
+@pytest.mark.parametrize("steering", [(), (Steer(0, random(WIDTH, seed=3), 2.0),)])
+def test_cosines_recorded_in_training_start_at_the_value_measured_before_it(examples, batch, hook_count, steering):
+    model, v = load("tiny-random", dtype="float32"), random(WIDTH)
+    measured = activation_gradients(model, batch, [0], interventions=steering)
+    expected = measured.token_cosines(0, v)[measured.mask].mean()
+    before, recorder = hook_count(model), RecordCosines(0, {"v": v, "minus": -v})
+    train(model, examples, [*steering, recorder])
+    assert len(recorder.records) == 2
+    first = recorder.records[0]
+    assert first["v"] == pytest.approx(expected.item(), abs=1e-6)
+    assert first["minus"] == pytest.approx(-first["v"], abs=1e-7)
+    assert hook_count(model) == before
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("neutralise", 0), ("attenuate", 1), ("amplify", -1)])
+def test_a_recorder_after_an_edit_sees_the_edited_gradient(examples, mode, sign):
+    v, recorder = random(WIDTH), RecordCosines(0, {"v": random(WIDTH)})
+    train(load("tiny-random", dtype="float32"), examples, [EditGradient(0, v, mode), recorder], steps=1)
+    cosine = recorder.records[0]["v"]
+    assert abs(cosine) < 1e-6 if sign == 0 else sign * cosine > 0.01
+
+
+# Principal components
+
+
+def test_components_and_shares_are_those_of_numpys_svd():
+    data = random(20, 7) + 2
+    principal = uncentred_pca(data)
+    _, s, vt = np.linalg.svd(data.numpy().astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(principal.shares, s**2 / np.sum(s**2), rtol=1e-5)
+    np.testing.assert_allclose(np.abs(np.sum(principal.components.numpy() * vt, axis=1)), 1, atol=1e-5)
+    assert float(principal.shares.sum()) == pytest.approx(1)
+
+
+def test_the_mean_is_not_removed():
+    shift = random(7)
+    principal = uncentred_pca(shift + 1e-3 * random(20, 7, seed=1))
+    assert principal.shares[0] > 0.999
+    assert float(principal.alignment(shift[None])[0, 0]) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_participation_ratio_counts_directions():
+    assert uncentred_pca(torch.outer(random(30), random(9, seed=1))).participation_ratio == pytest.approx(1, abs=1e-5)
+    assert uncentred_pca(random(20_000, 8)).participation_ratio == pytest.approx(8, rel=0.01)
+    assert uncentred_pca(torch.eye(3).repeat(4, 1)[:, [0, 1, 2, 2]]).participation_ratio == pytest.approx(
+        (1 + 1 + 2) ** 2 / (1 + 1 + 4), abs=1e-4
+    )
+
+
+def test_alignment_is_the_absolute_cosine_with_each_vector():
+    principal = uncentred_pca(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    aligned = principal.alignment(torch.tensor([[-5.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+    root = 2**-0.5
+    torch.testing.assert_close(aligned, torch.tensor([[1.0, root], [0.0, root], [0.0, 0.0]]), atol=1e-6, rtol=0)
+
+
+def test_differences_that_are_all_zero_are_an_error():
+    with pytest.raises(ValueError, match="the intervention changed nothing"):
+        uncentred_pca(torch.zeros(4, 3))
