@@ -1,5 +1,6 @@
 """One tiny model for all unit tests: tests that train or change weights load their own."""
 
+import gc
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +14,10 @@ from helpers.models import load
 
 @pytest.fixture(scope="session")
 def tiny():
-    return load("tiny-random", dtype="float32")
+    model = load("tiny-random", dtype="float32")
+    gc.collect()
+    gc.freeze()  # TransformerLens collects garbage at every load: leave out what was there before the first test
+    return model
 
 
 @pytest.fixture(scope="session")
