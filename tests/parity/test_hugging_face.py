@@ -1,0 +1,128 @@
+"""What is measured through hook points is what the plain Hugging Face model computes: the difference is 0.
+
+In float32, with eager attention, which TransformerLens uses. The plain side has nothing but PyTorch's own hooks.
+"""
+
+import pytest
+import torch
+
+from helpers.chat import collate, encode
+from helpers.corpora import load_trait, split
+from helpers.gradients import activation_gradients
+from helpers.interventions import Steer
+from helpers.losses import token_losses
+from helpers.models import _dequantize, load, plain_model
+
+
+@pytest.fixture(scope="module", params=["tiny-random", "smollm2-135m-instruct"])
+def pair(request):
+    """The model with hook points, and the plain one."""
+    return load(request.param, dtype="float32"), plain_model(request.param)[0]
+
+
+@pytest.fixture(scope="module")
+def batch(pair):
+    """Two conversations of different lengths: one is padded."""
+    tokenizer = pair[0].tokenizer
+    rows = split(load_trait("evil"), "eval")[:2]
+    found = collate([encode(tokenizer, row.question, row.strong) for row in rows], tokenizer.pad_token_id)
+    assert not found.attention.all()
+    return found
+
+
+@pytest.fixture(scope="module")
+def steer(pair):
+    vector = torch.randn(pair[0].width, generator=torch.Generator().manual_seed(0))
+    return Steer(pair[0].layers // 2, vector, 0.3)
+
+
+def plain_states(plain, batch, steer=None):
+    """The plain model's block outputs (in the graph) and its last hidden states."""
+    outputs = []
+
+    def keep(layer):
+        def hook(module, args, out):
+            if steer is not None and layer == steer.layer:
+                out = out + steer.coefficient * steer.vector
+            outputs.append(out)
+            return out
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(plain.model.layers)]
+    try:
+        last = plain.model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, last
+
+
+def plain_sequence_losses(plain, batch, last):
+    """Mean cross-entropy over each sequence's response, written out."""
+    rows = batch.predicting.nonzero()[:, 0]
+    logits = plain.lm_head(last[batch.predicting])
+    losses = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none")
+    return torch.zeros(len(batch.rows)).index_add(0, rows, losses) / batch.response.sum(1)
+
+
+def largest_difference(one, other):
+    return (one - other).abs().max().item()
+
+
+def test_logits_are_exactly_those_of_the_plain_model(pair, batch):
+    model, plain = pair
+    assert plain.config._attn_implementation == model.hf.config._attn_implementation == "eager"
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention.long()}
+    with torch.no_grad():
+        expected = plain(**inputs).logits
+        assert largest_difference(model.hf(**inputs).logits, expected) == 0.0
+        assert largest_difference(model.bridge(batch.ids, attention_mask=batch.attention.long()), expected) == 0.0
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_activation_gradients_of_every_layer_are_exactly_those_of_the_plain_model(pair, batch, steer, steered):
+    model, plain = pair
+    interventions = [steer] if steered else []
+    layers = range(model.layers)
+    found = activation_gradients(model, batch, layers, interventions=interventions)
+    outputs, last = plain_states(plain, batch, steer if steered else None)
+    losses = plain_sequence_losses(plain, batch, last)
+    expected = torch.autograd.grad(losses.sum(), outputs)
+    assert largest_difference(found.losses, losses.detach()) == 0.0
+    differences = [largest_difference(found.gradients[layer], expected[layer]) for layer in layers]
+    assert differences == [0.0] * model.layers
+    assert all(found.gradients[layer].abs().max() > 0 for layer in layers)
+
+
+def test_gradients_are_the_same_whether_one_layer_is_read_or_all(pair, batch):
+    model, _ = pair
+    middle = model.layers // 2
+    one, every = (activation_gradients(model, batch, layers) for layers in ([middle], range(model.layers)))
+    assert largest_difference(one.gradients[middle], every.gradients[middle]) == 0.0
+
+
+def test_weight_gradients_are_exactly_those_of_the_plain_model(pair, batch):
+    """What training sees. Parameters are matched by name; the embedding is tied to the output in both."""
+    model, plain = pair
+    token_losses(model, batch)[0].mean().backward()
+    try:
+        found = {name: p.grad.clone() for name, p in zip(model.trained_tensors(), model.hf.parameters(), strict=True)}
+    finally:
+        model.hf.zero_grad(set_to_none=True)
+    _, last = plain_states(plain, batch)
+    logits = plain.lm_head(last[batch.predicting])
+    loss = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none").mean()
+    names, parameters = zip(*plain.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    assert found.keys() == expected.keys()
+    assert max(largest_difference(found[name], expected[name]) for name in names) == 0.0
+
+
+def test_the_embedded_models_stored_weights_are_those_of_its_file():
+    """Against a fresh dequantization by transformers, past the artifact store."""
+    tensors, facts = _dequantize()
+    plain, tokenizer = plain_model("smollm2-135m-instruct")
+    assert all(torch.equal(parameter, tensors[name]) for name, parameter in plain.named_parameters())
+    assert facts["chat_template"] == tokenizer.chat_template
