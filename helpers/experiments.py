@@ -89,7 +89,7 @@ class Experiment:
         }
         self.prompts = corpora.load_prompts(params.trait)
         self._vectors: dict[str, PersonaVector] = {}
-        self.judge = TraitJudge.fit(self.rows["train"], self._plain_answers())
+        self.judge = self.fit_judge("train")
 
     @property
     def heldout(self) -> list[corpora.TraitRow]:
@@ -100,19 +100,23 @@ class Experiment:
         """The held-out questions with their written answers of one level."""
         return [encode(self.model.tokenizer, row.question, row.answer(level), system) for row in self.heldout]
 
-    def _plain_answers(self) -> list[str]:
-        """The untrained model's answers to the training questions: what an answer without the trait looks like."""
-        questions = [row.question for row in self.rows["train"]]
+    def fit_judge(self, split: Literal["train", "extract"]) -> TraitJudge:
+        """A judge that learnt from a split's written answers and the untrained model's own answers to its questions."""
+        questions = [row.question for row in self.rows[split]]
         artifact = self.store.get(
             "plain-answers",
             lambda: ({}, {"answers": self._answer(self.model, questions)}),
-            parameters={"trait": self.params.trait, "max_new_tokens": self.params.max_new_tokens, **self._precision()},
+            parameters={
+                "trait": self.params.trait,
+                "split": split,
+                "max_new_tokens": self.params.max_new_tokens,
+                **self._precision(),
+            },
             uses=["generation", "chat"],
             model=self.model.digest,
             data={self.params.trait: corpora.digest(self.params.trait)},
         )
-        answers: list[str] = artifact.facts["answers"]
-        return answers
+        return TraitJudge.fit(self.rows[split], artifact.facts["answers"])
 
     def _answer(self, model: Model, questions: Sequence[str], system: str | None = None) -> list[str]:
         prompts = [encode(model.tokenizer, question, system=system) for question in questions]
