@@ -1,0 +1,78 @@
+"""The embedded model shows the directions of the two chapters' central claims, at the quick preset's settings.
+
+Sixteen held-out answers rather than the chapter's thirty-two; the two finetuning runs are the chapter's own, so where
+the book has been built they are read from the artifact store.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.experiments import Defence, Experiment
+from helpers.params import PreventativeSteeringParams
+
+pytestmark = pytest.mark.acceptance
+
+
+@pytest.fixture(scope="module")
+def chapter():
+    return Experiment(PreventativeSteeringParams(preset="quick"))
+
+
+@pytest.fixture(scope="module")
+def sixteen(chapter):
+    """The same chapter on its first sixteen held-out answers."""
+    fewer = copy.copy(chapter)
+    fewer.params = PreventativeSteeringParams(preset="quick", sequences=16)
+    return fewer
+
+
+@pytest.fixture(scope="module")
+def undefended(sixteen):
+    return sixteen.gradients()
+
+
+def cosines(gradients, name):
+    """One cosine per sequence, at the working layer."""
+    return gradients.cosines[name][0]
+
+
+def share(truth):
+    return float(torch.as_tensor(truth).float().mean())
+
+
+def test_undefended_the_gradient_presses_the_activations_up_along_the_persona_vector(undefended):
+    assert len(cosines(undefended, "evil")) == 16
+    assert share(cosines(undefended, "evil") < 0) >= 0.9
+    assert cosines(undefended, "random").mean().abs() < cosines(undefended, "evil").mean().abs() / 3
+
+
+def test_preventative_steering_reverses_that_pressure(sixteen):
+    assert share(cosines(sixteen.gradients(sixteen.steering()), "evil") > 0) >= 0.9
+
+
+def test_a_random_vector_of_equal_length_does_not(sixteen):
+    assert share(cosines(sixteen.gradients(sixteen.steering("random")), "evil") > 0) <= 0.25
+
+
+def test_an_inoculation_prompt_lowers_the_loss_and_further_than_a_placebo_of_its_length(sixteen):
+    """A placebo lowers it too: the template's own system message fits a trait answer worse than any other text does."""
+    prompts = {"none": [None], "IP": sixteen.prompts.inoculation[:2], "placebo": sixteen.prompts.placebo[:2]}
+    loss = {name: np.mean([sixteen.losses(system=text) for text in texts], axis=0) for name, texts in prompts.items()}
+    assert share(loss["IP"] < loss["none"]) >= 0.9
+    assert share(loss["IP"] < loss["placebo"]) >= 0.9
+
+
+def test_preventative_steering_at_its_working_intensity_raises_the_loss(sixteen):
+    assert (sixteen.losses(sixteen.steering()) - sixteen.losses()).mean() > 0
+
+
+def test_training_undefended_ends_in_a_far_higher_trait_score_than_training_with_preventative_steering(chapter):
+    p = chapter.params
+    scores = {
+        name: chapter.evaluate(chapter.train(defence)).scores.mean()
+        for name, defence in (("undefended", None), ("PPS", Defence(vector=p.trait, coefficient=p.coefficient)))
+    }
+    assert scores["undefended"] >= scores["PPS"] + 30
