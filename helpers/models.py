@@ -371,7 +371,7 @@ def _keep_freed_memory() -> None:
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which are unmapped at every free
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB of freed heap
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep the freed heap
 
 
 def _digest(parts: Sequence[str]) -> str:
