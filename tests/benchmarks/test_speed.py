@@ -1,0 +1,246 @@
+"""What steering, capture and the finetuning loop cost, as ratios measured in one run.
+
+Contestants take turns, so that a busy machine slows them alike; ratios are of medians. Ours is what pytest-benchmark
+times and what its table shows, the others are timed just before each of its rounds. Everything measured is printed
+(`pytest -s`) and kept in `extra_info`.
+"""
+
+import math
+import statistics
+import time
+import warnings
+
+import pytest
+import torch
+from jaxtyping import config as jaxtyping_config
+
+from helpers.activations import PersonaVector
+from helpers.chat import collate, encode, training_batches
+from helpers.corpora import load_trait, split
+from helpers.gradients import activation_gradients
+from helpers.methods.preventative_steering import preventative_steering
+from helpers.models import LoRA, load, plain_model
+from helpers.params import PreventativeSteeringParams
+from helpers.training import finetune
+
+PARAMS = PreventativeSteeringParams(preset="quick")
+BATCH = PARAMS.batch_size
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_type_checks():
+    """They are a part of the tests, not of the helpers."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def examples(tokenizer, name, count):
+    rows = split(load_trait(PARAMS.trait), name)[:count]
+    return [encode(tokenizer, row.question, row.strong) for row in rows]
+
+
+def seconds(work):
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(benchmark, ours, others, rounds):
+    """Median seconds of each contestant; every one has a round of warm-up."""
+    times = {name: [] for name in others}
+
+    def the_others():
+        for name, work in others.items():
+            times[name].append(seconds(work))
+
+    benchmark.pedantic(ours, setup=the_others, rounds=rounds, warmup_rounds=1)
+    medians = {name: statistics.median(found[-rounds:]) for name, found in times.items()}
+    return {"ours": benchmark.stats.stats.median, **medians}
+
+
+def report(benchmark, **figures):
+    benchmark.extra_info.update(figures)
+    print("\n" + "\n".join(f"  {name}: {value}" for name, value in figures.items()))
+
+
+# Steering and capture
+
+
+def losses_of(plain, batch):
+    """The response loss of each sequence on the plain model, as helpers.losses has it."""
+    last = plain.model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
+    logits = plain.lm_head(last[batch.predicting])
+    losses = torch.nn.functional.cross_entropy(logits.float(), batch.ids[batch.response], reduction="none")
+    rows = batch.predicting.nonzero()[:, 0]
+    return torch.zeros(BATCH, device=losses.device).index_add(0, rows, losses) / batch.response.sum(1)
+
+
+def test_steering_and_capture_cost_little_more_than_the_plain_passes(benchmark):
+    """At most 1.15 times the plain model's forward and backward pass, with the same loss, batch and precision.
+
+    Capture computes no weight gradients, so it should be well below. What the hooks themselves cost is seen against a
+    plain pass that is frozen too and cut at the same block, with hooks that are torch's own.
+    """
+    model = load(PARAMS.model)
+    plain, frozen = (plain_model(PARAMS.model)[0].to(model.device) for _ in range(2))
+    frozen.requires_grad_(False)
+    batch = collate(examples(model.tokenizer, "eval", BATCH), model.tokenizer.pad_token_id).to(model.device)
+    vector = PersonaVector("random", torch.randn(model.layers, model.width))
+    steer = preventative_steering(vector, PARAMS.layer, 0.1)
+
+    def ours():
+        activation_gradients(model, batch, [PARAMS.layer], interventions=[steer])
+
+    def whole():
+        with model.autocast():
+            losses_of(plain, batch).sum().backward()
+        plain.zero_grad(set_to_none=True)
+
+    def whole_with_every_logit():
+        with model.autocast():
+            labels = torch.where(batch.response, batch.ids, -100)
+            plain(input_ids=batch.ids, attention_mask=batch.attention.long(), labels=labels).loss.backward()
+        plain.zero_grad(set_to_none=True)
+
+    def cut(module):
+        leaf = []
+
+        def hook(module, args, out):
+            leaf.append(out.detach().requires_grad_())
+            return leaf[0]
+
+        handle = module.register_forward_hook(hook)
+        with model.autocast():
+            torch.autograd.grad(losses_of(frozen, batch).sum(), leaf)
+        handle.remove()
+
+    others = {
+        "plain": whole,
+        "plain, logits everywhere": whole_with_every_logit,
+        "plain, frozen": lambda: cut(frozen.model.embed_tokens),
+        "plain, frozen, cut at the block": lambda: cut(frozen.model.layers[PARAMS.layer]),
+    }
+    found = take_turns(benchmark, ours, others, rounds=7)
+    ratios = {f"ours / {name}": round(found["ours"] / found[name], 3) for name in others}
+    report(benchmark, precision=str(model.dtype), tokens=int(batch.attention.sum()), seconds=found, **ratios)
+    assert ratios["ours / plain"] <= 1.15
+    assert ratios["ours / plain, frozen"] <= 1.15
+
+
+# Finetuning
+
+STEPS = 8
+
+
+class Stopwatch:
+    """From the first step to the last, without the Trainer's own setting up."""
+
+    def __new__(cls):
+        from transformers import TrainerCallback
+
+        class Watch(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                self.start = time.perf_counter()
+
+            def on_train_end(self, *args, **kwargs):
+                self.seconds = time.perf_counter() - self.start
+
+        return Watch()
+
+
+def the_trainer(hf, tokenizer, data, dtype, folder):
+    """`transformers.Trainer` as a user would set it up: padded batches in random order, loss on the response only."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    watch = Stopwatch()
+    rows = [
+        {"input_ids": list(e.ids), "labels": [-100] * e.prompt_length + list(e.ids[e.prompt_length :])} for e in data
+    ]
+    trainer = Trainer(
+        model=hf,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=BATCH,
+            max_steps=STEPS,
+            learning_rate=1e-5,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            warmup_steps=0,
+            optim="adamw_torch_fused",
+            bf16=dtype == torch.bfloat16,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[watch],
+    )
+    trainer.train()
+    return watch.seconds
+
+
+def matmul_peak(device, dtype, rows):
+    """FLOP/s of a matrix product of the shape of the model's MLP."""
+    a, b = torch.randn(rows, 576, device=device, dtype=dtype), torch.randn(576, 1536, device=device, dtype=dtype)
+
+    def multiply():
+        for _ in range(50):
+            a @ b
+
+    multiply()
+    return 50 * 2 * math.prod((rows, 576, 1536)) / min(seconds(multiply) for _ in range(7))
+
+
+@pytest.mark.parametrize("rank", [0, PARAMS.lora_rank], ids=["all weights", "LoRA"])
+def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_path):
+    """At least 1.3 times the Trainer's tokens (padding not counted) per second: same model, examples, batch size,
+    optimizer and precision."""
+    warnings.simplefilter("ignore")
+    lora = LoRA(rank) if rank else None
+    model = load(PARAMS.model, lora=lora)
+    plain, tokenizer = plain_model(PARAMS.model)
+    plain.set_attn_implementation("sdpa")  # what a user gets, and faster than the eager attention that hooks need
+    if rank:
+        from peft import LoraConfig, get_peft_model
+
+        plain = get_peft_model(
+            plain, LoraConfig(r=rank, lora_alpha=lora.alpha, use_rslora=True, target_modules="all-linear")
+        )
+    data = examples(tokenizer, "train", BATCH * STEPS)
+    tokens = sum(len(e) for e in data)  # each example once, on either side
+    ours, theirs = [], []
+
+    def ours_once():
+        batches = training_batches(
+            lambda rng: data, steps=STEPS, batch_size=BATCH, seed=len(ours), pad_id=tokenizer.pad_token_id
+        )
+        log = finetune(model, batches, steps=STEPS, learning_rate=1e-5, seed=0, warmup=0.0)
+        assert log.tokens == tokens
+        ours.append(log.seconds)
+
+    def theirs_once():
+        theirs.append(the_trainer(plain, tokenizer, data, model.dtype, tmp_path))
+
+    rounds = 3
+    take_turns(benchmark, ours_once, {"Trainer": theirs_once}, rounds=rounds)
+    speed = {name: tokens / statistics.median(found[-rounds:]) for name, found in (("ours", ours), ("Trainer", theirs))}
+    peak = matmul_peak(model.device, model.dtype, rows=tokens // STEPS)
+    size = sum(p.numel() for p in plain.parameters())
+    ratio = speed["ours"] / speed["Trainer"]
+    report(
+        benchmark,
+        precision=str(model.dtype),
+        tokens_per_second={name: round(value, 1) for name, value in speed.items()},
+        ratio=round(ratio, 3),
+        matmul_peak_gflops=round(peak / 1e9, 1),
+        share_of_peak={name: round(6 * size * value / peak, 3) for name, value in speed.items()},
+        seconds={"ours": ours, "Trainer": theirs},
+    )
+    assert ratio >= 1.3
