@@ -106,8 +106,7 @@ rule execute:
             for name, value in given(wildcards.chapter).items()
         ),
         results=f"{TREE}/notebooks/{{chapter}}",
-    resources:
-        notebooks=1,
+    threads: workflow.cores  # Snakemake would set OMP_NUM_THREADS to 1
     shell:
         "rm -rf {params.results} && "
         "python -m helpers execute {input.notebook} --output {output.notebook} "

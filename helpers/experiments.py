@@ -89,6 +89,7 @@ class Experiment:
         }
         self.prompts = corpora.load_prompts(params.trait)
         self._vectors: dict[str, PersonaVector] = {}
+        self._runs: dict[str, Run] = {}
         self.judge = self.fit_judge("train")
 
     @property
@@ -220,13 +221,11 @@ class Experiment:
             model=self.model.digest,
             data={t: corpora.digest(t) for t in {p.trait, defence.vector or p.trait} - {"random"}},
         )
-        before = start.finetuned if start else ()
-        return Run(
-            artifact.key,
-            (*before, artifact.tensors),
-            tuple(artifact.facts["losses"]),
-            tuple(artifact.facts["cosines"]),
-        )
+        if artifact.key not in self._runs:  # one copy of its tensors, however often a chapter asks for the run
+            before = start.finetuned if start else ()
+            losses, cosines = tuple(artifact.facts["losses"]), tuple(artifact.facts["cosines"])
+            self._runs[artifact.key] = Run(artifact.key, (*before, artifact.tensors), losses, cosines)
+        return self._runs[artifact.key]
 
     def _train(
         self, defence: Defence, level: str, start: Run | None, seed: int
