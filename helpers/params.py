@@ -229,7 +229,7 @@ _QUICK = {
     "batch_size": 8,
     "learning_rate": 1e-3,
     "lora_rank": 32,
-    "max_new_tokens": 40,
+    "max_new_tokens": 32,
     "resamples": 2000,
 }
 _FULL = {
