@@ -371,17 +371,17 @@ class Findings:
         rows = []
         for claim in self._chapter_claims():
             finding = self.found.get(claim.id)
+            expected = f"**{claim.statement}** Counts as reproduced if: {_expectation(claim)}."
             if finding is None:
-                rows.append((claim.statement, _expectation(claim), "", "", "not judged: not measured in this run"))
+                rows.append((expected, "", "not judged: not measured in this run"))
                 continue
             measured = f"{_number(finding.value)} [{_number(finding.low)}, {_number(finding.high)}], n = {finding.n}"
-            controls = "; ".join(f"{c.name}: {'passed' if c.passed else 'failed'}" for c in finding.controls)
             outcome = f"**{finding.verdict}**"
             if finding.verdict != "reproduced":
                 outcome += f": {finding.reason}"
-            rows.append((claim.statement, _expectation(claim), measured, controls or "none", outcome))
-        header = ("Claim", "Counts as reproduced if", "Measured here, 95% interval", "Controls", "Verdict")
-        return Markdown(_markdown_table(header, rows))
+            controls = "; ".join(f"{c.name}: {'passed' if c.passed else 'failed'}" for c in finding.controls)
+            rows.append((expected, measured, f"{outcome} Controls: {controls}." if controls else outcome))
+        return Markdown(_markdown_table(("Claim", "Measured here, 95% interval", "Verdict"), rows))
 
     def reference_box(self, folder: Path = REFERENCES) -> Markdown:
         """The committed reference run of this chapter, as a table of its own; a sentence where there is none.
