@@ -26,6 +26,7 @@ TrainLevel = Literal["normal", "mild", "strong"]
 P = TypeVar("P", bound="Params")  # not Self, which the type checks under test do not know
 
 TRAITS = Path(__file__).resolve().parent.parent / "data" / "traits"
+TRAITS_WITH_MILD = ("evil",)
 KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
 
 Layer = Annotated[int, Field(ge=0, le=200)]
@@ -279,6 +280,23 @@ class PreventativeSteeringParams(TraitParams):
             "train_levels": ("normal", "mild", "strong"),
         },
     }
+
+    @classmethod
+    def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Leaves "mild" out of a preset's levels for a trait that has no mild answers."""
+        values = super()._complete(given)
+        for levels in ("start_levels", "train_levels"):
+            if given.get(levels) is None and values["trait"] not in TRAITS_WITH_MILD:
+                values[levels] = tuple(level for level in values[levels] if level != "mild")
+        return values
+
+    @model_validator(mode="after")
+    def _answered(self) -> "PreventativeSteeringParams":
+        if "mild" in (*self.start_levels, *self.train_levels) and self.trait not in TRAITS_WITH_MILD:
+            raise ParameterError(
+                f"Trait {self.trait!r} has no mild answers: leave 'mild' out of 'start_levels' and 'train_levels'."
+            )
+        return self
 
     layers: tuple[Layer, ...] = Field(min_length=1, description="blocks of the layer sweep, counted from 0")
     start_levels: tuple[StartLevel, ...] = Field(

@@ -94,8 +94,15 @@ def test_the_figures_of_a_chapter_show(opened, name):
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_hidden_solution_opens_when_clicked(opened, name):
     page = opened(name)
-    solution = page.locator("details.sd-dropdown, details.hide, details.toggle-details").first
+    solution = page.locator(".tag_solution details").first
     assert solution.get_attribute("open") is None
     solution.locator("summary").first.click()
     assert solution.get_attribute("open") is not None
     assert solution.locator("summary ~ *").first.is_visible()
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_formulas_are_set_without_a_network(opened, name):
+    page = opened(name)
+    page.wait_for_selector("mjx-container", timeout=10_000)
+    assert page.locator("mjx-container").count() >= page.locator("main .math").count() > 0
