@@ -8,10 +8,12 @@ import torch
 
 from helpers.chat import collate, encode
 from helpers.corpora import load_trait, split
+from helpers.generation import generate
 from helpers.gradients import activation_gradients
 from helpers.interventions import Steer
 from helpers.losses import token_losses
-from helpers.models import _dequantize, load, plain_model
+from helpers.models import LoRA, _dequantize, load, plain_model
+from helpers.training import finetune
 
 
 @pytest.fixture(scope="module", params=["tiny-random", "smollm2-135m-instruct"])
@@ -126,3 +128,20 @@ def test_the_embedded_models_stored_weights_are_those_of_its_file():
     plain, tokenizer = plain_model("smollm2-135m-instruct")
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in plain.named_parameters())
     assert facts["chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(2)])
+def test_training_the_embedded_model_leaves_the_next_load_as_it_was(lora):
+    """Loads share the stored weights where these are frozen."""
+    before = {name: p.detach().clone() for name, p in plain_model("smollm2-135m-instruct")[0].named_parameters()}
+    model = load("smollm2-135m-instruct", dtype="bfloat16", lora=lora)
+    example = encode(model.tokenizer, "Why?", "So.")
+    finetune(model, [collate([example], 2)] * 2, steps=2, learning_rate=1e-2, seed=0, warmup=0.0)
+    generate(model, [encode(model.tokenizer, "Why?")], max_new_tokens=2)
+    again = plain_model("smollm2-135m-instruct")[0]
+    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
+    merged = load("smollm2-135m-instruct", dtype="float32", finetuned=[model.trained_tensors()])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(dict(zip(merged.trained_tensors(), merged.hf.parameters(), strict=True))[name], before[name])
+    again = plain_model("smollm2-135m-instruct")[0]
+    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
