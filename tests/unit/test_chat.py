@@ -187,6 +187,11 @@ def test_batches_of_similar_length_pad_less_than_random_ones(varied):
     assert padding(train(varied, 16)) < 0.4 * padding(at_random)
 
 
+def test_examples_meet_others_in_every_epoch(varied):
+    given = [frozenset(batch.rows) for batch in train(varied, 32)]
+    assert len(set(given[:16]) & set(given[16:])) < 4
+
+
 def test_batches_of_similar_length_come_in_random_order(varied):
     lengths = [batch.ids.shape[1] for batch in train(varied, 16)]
     assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)

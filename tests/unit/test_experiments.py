@@ -242,11 +242,13 @@ def test_training_leaves_the_chapters_own_model_untouched(exp):
 
 
 def test_an_evaluation_is_of_the_answers_that_the_trained_model_gives_undefended(exp):
+    exp = with_params(exp, learning_rate=0.5, steps=3, lora_rank=0)  # far enough that it says something else
     run = exp.train(PPS)
     result = exp.evaluate(run)
     count = exp.params.sequences
     assert [len(x) for x in (result.answers, result.scores, result.perplexities, result.repetition)] == [count] * 4
     assert ((result.scores >= 0) & (result.scores <= 100)).all()
+    assert result.answers != exp.evaluate().answers
     model = exp.trained(run)
     assert list(result.answers) == exp._answer(model, [row.question for row in exp.heldout])
     examples = [

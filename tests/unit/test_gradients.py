@@ -82,6 +82,13 @@ def test_no_weight_gradient_is_computed_and_no_hook_or_graph_is_left(tiny, batch
     assert not found.losses.requires_grad and not found.gradients[1].requires_grad
 
 
+def test_a_model_whose_weights_are_all_frozen_has_activation_gradients_too(batch, found):
+    model = load("tiny-random", dtype="float32")
+    model.hf.requires_grad_(False)
+    frozen = activation_gradients(model, batch, [0, 1])
+    assert all(torch.equal(frozen.gradients[layer], found.gradients[layer]) for layer in (0, 1))
+
+
 def test_the_losses_are_those_of_the_same_forward_pass(tiny, found, examples):
     torch.testing.assert_close(found.losses, evaluate_losses(tiny, examples[:4]), atol=1e-5, rtol=0)
 
