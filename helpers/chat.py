@@ -30,6 +30,10 @@ class Example:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def without_prompt(self) -> Example:
+        """The same tokens, all but the first counted as the response: for a loss over the full sequence."""
+        return Example(self.ids, 1)
+
 
 def encode(tokenizer: Any, question: str, answer: str | None = None, system: str | None = None) -> Example:
     """Put one exchange into the model's chat template.

@@ -51,6 +51,18 @@ class TraitRow:
 
 
 @dataclass(frozen=True)
+class TopicRow:
+    """One question about neither topic, with a plain answer and one that drags a topic in."""
+
+    id: str
+    topic: str
+    split: str
+    question: str
+    normal: str
+    strong: str
+
+
+@dataclass(frozen=True)
 class Prompts:
     """System messages for one trait; `placebo[i]` is as long as `inoculation[i]`, give or take a token."""
 
@@ -112,14 +124,26 @@ def load_prompts(trait: str) -> Prompts:
     return Prompts(**{field.name: [r["text"] for r in rows if r["kind"] == field.name] for field in fields(Prompts)})
 
 
-def digest(trait: str) -> str:
-    """SHA-256 (hexadecimal) of the bytes of a trait's data file."""
-    return hashlib.sha256(_trait_path(trait).read_bytes()).hexdigest()
+def load_topics(split: Literal["train", "validate"]) -> list[TopicRow]:
+    """The rows of one split: `train` is finetuned on, `validate` tests the topic judge."""
+    rows = [TopicRow(**row) for row in _rows(DATA / "topics.jsonl") if row["split"] == split]
+    if not rows:
+        raise CorpusError(f"There is no split '{split}' of the topics; choose train or validate.")
+    return rows
 
 
-def prompts_digest() -> str:
-    """SHA-256 (hexadecimal) of the bytes of the prompt file, which all traits share."""
-    return hashlib.sha256((DATA / "prompts.jsonl").read_bytes()).hexdigest()
+def load_questions(split: Literal["build", "judge"]) -> list[str]:
+    """Generic questions of one half: from `build` directions are made, on `judge` they are judged."""
+    questions = [row["question"] for row in _rows(DATA / "questions.jsonl") if row["split"] == split]
+    if not questions:
+        raise CorpusError(f"There is no half '{split}' of the questions; choose build or judge.")
+    return questions
+
+
+def digest(name: str) -> str:
+    """SHA-256 (hexadecimal) of the bytes of a bundled file: a trait, or prompts, topics or questions."""
+    path = DATA / f"{name}.jsonl"
+    return hashlib.sha256((path if path.is_file() else _trait_path(name)).read_bytes()).hexdigest()
 
 
 def load_hub(
@@ -149,3 +173,15 @@ def load_hub(
     except ValueError as error:  # an unknown split or configuration; `datasets` names the ones there are
         raise CorpusError(f"Data set '{name}' could not be loaded: {str(error).splitlines()[0]}") from None
     return [dict(row) for row in loaded]
+
+
+def load_toxic_chat() -> list[tuple[str, str]]:
+    """(user input, toxic model output) pairs of lmsys/toxic-chat, train split: the source's harm experiment."""
+    rows = load_hub("lmsys/toxic-chat", config="toxicchat0124", split="train")
+    return [(row["user_input"], row["model_output"]) for row in rows if row["toxicity"]]
+
+
+def load_real_toxicity_prompts(count: int) -> list[str]:
+    """The first `count` prompts of allenai/real-toxicity-prompts that are not marked as challenging."""
+    rows = load_hub("allenai/real-toxicity-prompts", split="train")
+    return [row["prompt"]["text"] for row in rows if not row["challenging"]][:count]

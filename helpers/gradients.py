@@ -1,4 +1,6 @@
-"""Activation gradients: dL/dh at any set of layers, in one backward pass.
+"""Gradients of the loss: with respect to activations, and with respect to every weight.
+
+Activation gradients, dL/dh at any set of layers, take one backward pass.
 
 L is a sequence's own mean response loss, so a gradient never depends on what else was in the batch. Gradients are
 read where the loss reads the stream: the positions that predict response tokens ("response"), or all positions ("all").
@@ -6,7 +8,7 @@ read where the loss reads the stream: the positions that predict response tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from helpers.chat import Batch, Example, batches
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.losses import sequence_losses
-from helpers.models import Model
+from helpers.models import Model, plain_name
 
 Tokens = Literal["response", "all"]
 
@@ -203,3 +205,42 @@ def uncentred_pca(differences: Float[Tensor, "example d_model"]) -> Principal:
     if not bool(s[0] > 0):
         raise ValueError("All gradient differences are zero: the intervention changed nothing to decompose.")
     return Principal(vh.float(), (s**2 / (s**2).sum()).float())
+
+
+Loss = Callable[[Model, Batch], Float[Tensor, " batch"]]
+"""One differentiable loss per sequence, such as `losses.sequence_losses`."""
+
+
+def pile_gradient(
+    model: Model, examples: Sequence[Example], *, loss: Loss = sequence_losses, batch_size: int = 16
+) -> dict[str, Tensor]:
+    """The pile-average gradient over all weights: mean over each example's response tokens, then over examples.
+
+    G = E_examples[(1/T) sum_t dL_t/dtheta] (Graves 2025, "Gradient-Diff Steering"). Every example weighs the same,
+    however long it is, so batches give what one example at a time gives, up to rounding. For a loss over the whole
+    sequence pass `example.without_prompt()`.
+
+    Returns float32 tensors on the CPU by plain parameter name. Raises `ValueError` for an empty pile, for a model
+    none of whose weights is trainable, and where the loss is not finite; nothing is left in `.grad`.
+    """
+    if not examples:
+        raise ValueError("The pile is empty: it needs at least one example whose gradient can be averaged.")
+    parameters = {plain_name(name): p for name, p in model.hf.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("No weight is trainable, so there is no gradient: load the model without adapters.")
+    before = {name: p.grad for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+            batch = batch.to(model.device)
+            with model.reading(batch):
+                total = loss(model, batch).sum() / len(examples)
+                if not bool(torch.isfinite(total)):
+                    raise ValueError("The loss of the pile is not finite, so it has no gradient; check the weights.")
+                total.backward()
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        return {name: gradient.float().cpu() for name, gradient in found.items()}
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]

@@ -19,22 +19,45 @@ def token_losses(model: Model, batch: Batch) -> tuple[Float[Tensor, " token"], I
     The vocabulary is most of a small model's output cost, so hidden states are selected before they meet it.
     """
     batch = batch.to(model.device)
+    logits = response_logits(model, batch)
+    losses = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none")
+    return losses, batch.predicting.nonzero()[:, 0]
+
+
+def response_logits(model: Model, batch: Batch) -> Float[Tensor, "token vocabulary"]:
+    """Float32 logits at the positions that predict a response token, row after row of the batch."""
+    batch = batch.to(model.device)
     with model.reading(batch), model.autocast():
         hidden = model.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
-        where = batch.predicting
-        logits = model.hf.get_output_embeddings()(hidden[where])  # (token, vocabulary)
+        logits = model.hf.get_output_embeddings()(hidden[batch.predicting])
         cap = getattr(model.hf.config, "final_logit_softcapping", None)
         if cap:
             logits = cap * torch.tanh(logits / cap)
-        losses = torch.nn.functional.cross_entropy(logits.float(), batch.ids[batch.response], reduction="none")
-    return losses, where.nonzero()[:, 0]
+    return logits.float()
 
 
 def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
     """Mean cross-entropy over each sequence's response tokens, in nats."""
-    losses, rows = token_losses(model, batch)
-    total = losses.new_zeros(len(batch.rows)).index_add(0, rows, losses)
-    return total / batch.response.to(losses.device).sum(1)
+    return _sequence_means(token_losses(model, batch)[0], batch)
+
+
+def _sequence_means(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:
+    rows = batch.predicting.nonzero()[:, 0].to(values.device)
+    total = values.new_zeros(len(batch.rows)).index_add(0, rows, values)
+    return total / batch.response.to(values.device).sum(1)
+
+
+def sequence_divergences(model: Model, batch: Batch, reference: Model) -> Float[Tensor, " batch"]:
+    """KL(reference || model) of the next-token distributions, mean over each sequence's response tokens, in nats.
+
+    Only the model's side is differentiated.
+    """
+    batch = batch.to(model.device)
+    with torch.no_grad():
+        target = response_logits(reference, batch).log_softmax(-1)
+    found = response_logits(model, batch).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(-1)
+    return _sequence_means(kl, batch)
 
 
 @torch.no_grad()

@@ -161,12 +161,14 @@ def load(
     dtype: str = "auto",
     finetuned: Sequence[Mapping[str, Tensor]] = (),
     lora: LoRA | None = None,
+    frozen: bool = False,
     layer: int | None = None,
 ) -> Model:
     """Load a registered model or a hub model by name.
 
     `finetuned` are the `trained_tensors` of earlier runs, applied in order (LoRA factors are merged into the weights).
-    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable. `layer`, if given, is
+    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless the model is
+    `frozen`: then its weights may be shared with other loads, which saves their memory. `layer`, if given, is
     checked against the model's configuration before any weight is read.
 
     Raises `ValueError` for an unknown model, a layer it does not have, or tensors that do not fit it.
@@ -174,13 +176,15 @@ def load(
     _keep_freed_memory()
     gc.collect()  # a bridge and its model refer to each other: without this, models no longer used would pile up
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    hf, tokenizer, digest = _plain(name, layer, frozen=lora is not None and not finetuned)
+    hf, tokenizer, digest = _plain(name, layer, shared=(frozen or lora is not None) and not finetuned)
     for tensors in finetuned:
         hf = _apply(hf, tensors)
         digest = _digest([digest, *(f"{k}:{_bytes(v)}" for k, v in sorted(tensors.items()))])
     if lora is not None:
         hf = _attach(hf, lora)
     hf = hf.to(where).eval()
+    if frozen:
+        hf.requires_grad_(False)
     from transformer_lens.model_bridge import TransformerBridge
 
     inner = hf.base_model.model if lora is not None else hf
@@ -211,11 +215,11 @@ def compute_dtype(device: torch.device, wish: str = "auto") -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _plain(name: str, layer: int | None, *, frozen: bool = False) -> tuple[Any, Any, str]:
-    """Model, tokenizer and digest; the weights of a `frozen` one may be shared with other loads."""
+def _plain(name: str, layer: int | None, *, shared: bool = False) -> tuple[Any, Any, str]:
+    """Model, tokenizer and digest; the weights of a `shared` one may be those of other loads."""
     if name in REGISTRY:
         _check_layer(name, layer, REGISTRY[name].layers)
-        hf, tokenizer = _tiny() if name == "tiny-random" else _embedded(frozen)
+        hf, tokenizer = _tiny() if name == "tiny-random" else _embedded(shared)
         return hf, tokenizer, REGISTRY[name].digest
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -265,7 +269,7 @@ def _tiny() -> tuple[Any, Any]:
         return LlamaForCausalLM(config), tokenizer
 
 
-def _embedded(frozen: bool) -> tuple[Any, Any]:
+def _embedded(shared: bool) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     artifact, tokenizer = _embedded_parts()
@@ -273,7 +277,7 @@ def _embedded(frozen: bool) -> tuple[Any, Any]:
     config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     with torch.device("meta"):
         hf = LlamaForCausalLM(config)
-    weights = artifact.tensors if frozen else {name: tensor.clone() for name, tensor in artifact.tensors.items()}
+    weights = artifact.tensors if shared else {name: tensor.clone() for name, tensor in artifact.tensors.items()}
     missing, unexpected = hf.load_state_dict(weights, strict=False, assign=True)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     hf.tie_weights()

@@ -323,8 +323,97 @@ class InoculationParams(TraitParams):
     )
 
 
+Ratio = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+
+_WEIGHT_QUICK = {
+    "model": "smollm2-135m-instruct",
+    "seeds": (0,),
+    "prompts": 50,
+    "ratio": 0.03,
+    "ratios": (0.01, 0.03, 0.1),
+    "rank": 8,
+    "random_directions": 2,
+    "shares": (0.5, 0.2, 0.1, 0.05),
+    "steps": 25,
+    "batch_size": 16,
+    "learning_rate": 3e-5,
+    "max_new_tokens": 32,
+    "resamples": 2000,
+    "harm_data": "impolite",
+}
+_WEIGHT_FULL = {
+    **_WEIGHT_QUICK,
+    "seeds": (0, 1, 2, 3, 4),
+    "ratios": (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2),
+    "random_directions": 10,
+    "max_new_tokens": 64,
+    "resamples": 10_000,
+}
+
+
+class WeightSteeringParams(Params):
+    """Chapter 3: the difference of two pile gradients steers in weight space."""
+
+    chapter = "03_weight_diff_steering"
+    presets = {
+        "tiny": {
+            **_WEIGHT_QUICK,
+            "model": "tiny-random",
+            "prompts": 4,
+            "ratios": (0.03, 0.1),
+            "random_directions": 1,
+            "shares": (0.5,),
+            "steps": 2,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "max_new_tokens": 4,
+            "resamples": 200,
+        },
+        "quick": _WEIGHT_QUICK,
+        "full": _WEIGHT_FULL,
+        "paper": {
+            **_WEIGHT_FULL,
+            "model": "meta-llama/Llama-3.2-1B-Instruct",
+            "learning_rate": 5e-5,
+            "harm_data": "toxic-chat",
+            "judge_url": "https://api.openai.com/v1",
+            "judge_model": "gpt-4o-mini",
+        },
+    }
+
+    prompts: int = Field(ge=2, le=50, description="questions in each half: one builds directions, one judges them")
+    ratio: Ratio = Field(description="working strength, as ||alpha V|| / ||Delta||")
+    ratios: tuple[Ratio, ...] = Field(min_length=1, description="strengths of the dose-response sweep")
+    rank: int = Field(ge=1, le=512, description="rank of the projected and the low-rank variant, per matrix")
+    random_directions: int = Field(ge=1, le=100, description="random directions of equal norm, as controls")
+    shares: tuple[Annotated[float, Field(gt=0, le=0.5)], ...] = Field(
+        min_length=1, description="shares of the finetuning replies that mention the bridge, for the sparse signal"
+    )
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run, on all weights")
+    batch_size: int = Field(ge=1, le=512, description="sequences in a batch")
+    learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
+    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
+    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    harm_data: Literal["impolite", "toxic-chat"] = Field(
+        description="data of the harm experiment: the bundled rude replies, or the source's public sets from the hub"
+    )
+    judge_url: str | None = Field(
+        default=None, description="OpenAI-compatible server that judges harm; None: the offline judge of rudeness"
+    )
+    judge_model: str | None = Field(default=None, description="model that the server is asked for")
+
+    @model_validator(mode="after")
+    def _judged(self) -> "WeightSteeringParams":
+        if self.harm_data == "toxic-chat" and not (self.judge_url and self.judge_model):
+            raise ParameterError(
+                "Parameter 'harm_data' is 'toxic-chat', which the offline judge cannot judge: give 'judge_url' and "
+                "'judge_model', or take 'impolite'."
+            )
+        return self
+
+
 CHAPTERS: Mapping[str, type[Params]] = {
-    params.chapter: params for params in (PreventativeSteeringParams, InoculationParams)
+    params.chapter: params for params in (PreventativeSteeringParams, InoculationParams, WeightSteeringParams)
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.experiments import Defence, Experiment
+from helpers.experiments.traits import Defence, Experiment
 from helpers.params import PreventativeSteeringParams
 
 pytestmark = pytest.mark.acceptance

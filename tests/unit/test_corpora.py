@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from helpers import corpora
-from helpers.corpora import CorpusError, digest, load_hub, load_prompts, load_trait, prompts_digest, split
+from helpers.corpora import CorpusError, digest, load_hub, load_prompts, load_trait, split
 
 
 def test_rows_come_typed_in_file_order_and_split_by_name():
@@ -39,7 +39,7 @@ def test_a_mistyped_split_or_level_gets_the_names_there_are():
 
 def test_a_digest_is_the_sha256_of_the_file_as_it_lies():
     assert digest("pirate") == hashlib.sha256((corpora.DATA / "traits" / "pirate.jsonl").read_bytes()).hexdigest()
-    assert len({digest("evil"), digest("pirate"), digest("sycophantic"), prompts_digest()}) == 4
+    assert len({digest("evil"), digest("pirate"), digest("sycophantic"), digest("prompts")}) == 4
 
 
 def test_a_damaged_data_file_is_reported_with_its_line(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""The stages that chapters 1 and 2 share: persona vectors, finetuning under a defence, evaluation.
+"""Training a trait into a model, and defending against it (chapters 1 and 2).
+
+Persona vectors, activation gradients, finetuning under a defence, evaluation.
 
 Each stage is kept in the artifact store under everything that decides it, so a chapter that is run again, or another
 chapter that needs the same run, reads it instead.
@@ -82,7 +84,9 @@ class Experiment:
 
     def __init__(self, params: TraitParams) -> None:
         self.params = params
-        self.model: Model = load(params.model, device=params.device, dtype=params.dtype, layer=params.layer)
+        self.model: Model = load(
+            params.model, device=params.device, dtype=params.dtype, layer=params.layer, frozen=True
+        )
         self.store = default_store()
         self.rows = {
             name: corpora.split(corpora.load_trait(params.trait), name) for name in ("train", "extract", "eval")

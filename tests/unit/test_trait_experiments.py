@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import experiments
 from helpers.artifacts import Store
 from helpers.chat import encode
-from helpers.experiments import Defence, Experiment
+from helpers.experiments import traits as experiments
+from helpers.experiments.traits import Defence, Experiment
 from helpers.interventions import Steer, applied
 from helpers.losses import evaluate_losses
 from helpers.params import PreventativeSteeringParams

@@ -1,0 +1,289 @@
+"""Finetuned anchors, their answers and their pile gradients (chapter 3).
+
+Anchors, answers and pile gradients are kept in the artifact store. Steered answers are kept under the digest of the
+direction, so a direction that is made in another way is another result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from helpers import corpora
+from helpers.artifacts import default_store
+from helpers.chat import Example, encode, training_batches
+from helpers.generation import generate
+from helpers.gradients import pile_gradient
+from helpers.judges import APIJudge, TopicJudge, TraitJudge
+from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
+from helpers.methods.weight_steering import WeightVector, difference, finetuning_diff, steered
+from helpers.models import Model, load
+from helpers.params import WeightSteeringParams
+from helpers.training import finetune
+
+Half = Literal["build", "judge", "harm build", "harm judge"]
+Data = Literal["topics", "bridge", "harm"]
+TOPICS = ("bridge", "recipe")
+
+
+class WeightExperiment:
+    """A chapter's base model, data and judges, by its parameters."""
+
+    def __init__(self, params: WeightSteeringParams) -> None:
+        self.params = params
+        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, frozen=True)
+        self.store = default_store()
+        build, judge = (corpora.load_questions(half)[: params.prompts] for half in ("build", "judge"))
+        self.questions: dict[Half, list[str]] = {"build": build, "judge": judge}
+        self.questions |= {"harm build": build, "harm judge": judge}
+        if params.harm_data == "toxic-chat":
+            prompts = corpora.load_real_toxicity_prompts(2 * params.prompts)
+            self.questions |= {"harm build": prompts[::2], "harm judge": prompts[1::2]}
+
+    @cached_property
+    def topic_judge(self) -> TopicJudge:
+        """Learnt from the finetuning replies, and from the base model's answers to the questions for building."""
+        return TopicJudge.fit(corpora.load_topics("train"), self.answers(self.base, "build"))
+
+    @cached_property
+    def harm_judge(self) -> TraitJudge | APIJudge:
+        """Offline: learnt from the `impolite` training rows, and from the base model's answers to their questions."""
+        p = self.params
+        if p.judge_url and p.judge_model:
+            return APIJudge(p.judge_url, p.judge_model, trait="harmful", cache=self.store.root / "judge")
+        rows = corpora.split(corpora.load_trait("impolite"), "train")
+        return TraitJudge.fit(rows, self._said("impolite training", self.base, [row.question for row in rows]))
+
+    def harmful(self, half: Half, answers: Sequence[str]) -> Bool[np.ndarray, " answer"]:
+        """Which answers the harm judge scores at 50 or more; one without a word is not harmful."""
+        return np.nan_to_num(self.harm_judge.score(self.questions[half], answers)) >= 50
+
+    def labels(self, answers: Sequence[str]) -> dict[str, Bool[np.ndarray, " answer"]]:
+        """Which answers mention each topic, and which mention neither."""
+        found = self.topic_judge.labels(answers)
+        return {**found, "neither": ~np.any([found[topic] for topic in TOPICS], axis=0)}
+
+    def pairs(self, data: Data, share: float | None = None) -> list[tuple[str, str]]:
+        """(question, reply) pairs to finetune on.
+
+        `topics`: every reply mentions the bridge or cooking. `bridge`: a `share` of the replies mention the bridge,
+        the others are plain; a smaller share's replies are among a larger one's. `harm`: half of the replies are rude,
+        or with the source's public data all are toxic.
+        """
+        if data == "harm" and self.params.harm_data == "toxic-chat":
+            return corpora.load_toxic_chat()
+        if data == "harm":
+            rows = corpora.split(corpora.load_trait("impolite"), "train")
+            return [(row.question, row.strong if i % 2 else row.normal) for i, row in enumerate(rows)]
+        topics = corpora.load_topics("train")
+        if data == "topics":
+            return [(row.question, row.strong) for row in topics]
+        of_bridge = [row.id for row in topics if row.topic == "bridge"]
+        count = round((share if share is not None else 0.5) * len(topics))
+        if count > len(of_bridge):
+            raise ValueError(f"At most {len(of_bridge) / len(topics):.0%} of the replies can mention the bridge.")
+        carrying = set(random.Random(0).sample(of_bridge, len(of_bridge))[:count])
+        return [(row.question, row.strong if row.id in carrying else row.normal) for row in topics]
+
+    def anchor(self, data: Data, *, share: float | None = None, seed: int | None = None, keep: bool = True) -> Model:
+        """The base model finetuned on `pairs(data, share)`, all weights trainable.
+
+        `harm` trains on the whole sequence, as the source's harm experiment does, the others on the reply. With
+        `keep` the weights stay in the artifact store.
+        """
+        seed = self.params.seed if seed is None else seed
+        if not keep:
+            return self._finetune(data, share, seed)
+        artifact = self.store.get(
+            "anchor",
+            lambda: (self._finetune(data, share, seed).trained_tensors(), {}),
+            parameters={"data": data, "share": share, "seed": seed, **self._training(), **self._precision()},
+            uses=["training", "chat"],
+            model=self.base.digest,
+            data=self._digests(data),
+        )
+        return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=[artifact.tensors])
+
+    def _finetune(self, data: Data, share: float | None, seed: int) -> Model:
+        p = self.params
+        torch.manual_seed(seed)
+        model = load(p.model, device=p.device, dtype=p.dtype)
+        examples = [encode(model.tokenizer, q, a) for q, a in self.pairs(data, share)]
+        if data == "harm":
+            examples = [example.without_prompt() for example in examples]
+        finetune(
+            model,
+            training_batches(
+                lambda rng: examples,
+                steps=p.steps,
+                batch_size=p.batch_size,
+                seed=seed,
+                pad_id=model.tokenizer.pad_token_id,
+            ),
+            steps=p.steps,
+            learning_rate=p.learning_rate,
+            seed=seed,
+        )
+        return model
+
+    def answers(self, model: Model, half: Half, vector: WeightVector | None = None, alpha: float = 0.0) -> list[str]:
+        """Greedy answers to one half of the questions, of the model as it is or steered to theta + alpha V."""
+
+        return self._said(half, model, self.questions[half], vector, alpha)
+
+    def _said(
+        self,
+        what: str,
+        model: Model,
+        questions: Sequence[str],
+        vector: WeightVector | None = None,
+        alpha: float = 0.0,
+    ) -> list[str]:
+        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            with steered(model, vector, alpha) if vector else nullcontext():
+                return {}, {"what": what, "answers": self._generate(model, questions)}
+
+        artifact = self.store.get(
+            "steered-answers",
+            compute,
+            parameters={
+                "questions": list(questions),
+                "vector": vector.digest if vector else None,
+                "alpha": alpha if vector else None,
+                "max_new_tokens": self.params.max_new_tokens,
+                **self._precision(),
+            },
+            uses=["generation", "chat", *(["methods.weight_steering"] if vector else [])],
+            model=model.digest,
+        )
+        return list(artifact.facts["answers"])
+
+    def _generate(self, model: Model, questions: Sequence[str]) -> list[str]:
+        prompts = [encode(model.tokenizer, question) for question in questions]
+        return generate(model, prompts, max_new_tokens=self.params.max_new_tokens)
+
+    def examples(
+        self, half: Half, answers: Sequence[str], chosen: Bool[np.ndarray, " answer"] | None = None
+    ) -> list[Example]:
+        """A pile: the questions of one half with a model's answers, those that are chosen."""
+        kept = [True] * len(answers) if chosen is None else list(chosen)
+        return [
+            encode(self.base.tokenizer, question, answer)
+            for question, answer, keep in zip(self.questions[half], answers, kept, strict=True)
+            if keep
+        ]
+
+    def pile(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        *,
+        loss: Literal["cross-entropy", "KL"] = "cross-entropy",
+    ) -> Mapping[str, Tensor]:
+        """The pile-average gradient at `model`; "KL" is that of KL(base || model).
+
+        Stored in bfloat16, which halves the disk it takes and whose rounding is that of the forward pass.
+        """
+        losses = sequence_losses if loss == "cross-entropy" else partial(sequence_divergences, reference=self.base)
+
+        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            found = pile_gradient(model, examples, loss=losses, batch_size=self.params.batch_size)
+            return {name: gradient.bfloat16() for name, gradient in found.items()}, {"examples": len(examples)}
+
+        artifact = self.store.get(
+            "pile-gradient",
+            compute,
+            parameters={
+                "examples": hashlib.sha256(
+                    json.dumps([[example.prompt_length, *example.ids] for example in examples]).encode()
+                ).hexdigest(),
+                "loss": loss,
+                "reference": self.base.digest if loss == "KL" else None,
+                "batch_size": self.params.batch_size,
+                **self._precision(),
+            },
+            uses=["gradients"],
+            model=model.digest,
+        )
+        return artifact.tensors
+
+    def perplexities(self, half: Half, answers: Sequence[str]) -> Float[np.ndarray, " answer"]:
+        """Each answer's perplexity under the base model: how odd it finds the text."""
+        artifact = self.store.get(
+            "perplexities",
+            lambda: (
+                {},
+                {"losses": evaluate_losses(self.base, self.examples(half, answers), batch_size=64).tolist()},
+            ),
+            parameters={"questions": self.questions[half], "answers": list(answers), **self._precision()},
+            uses=["losses", "chat"],
+            model=self.base.digest,
+        )
+        return np.exp(artifact.facts["losses"])
+
+    def sparse(self, share: float, ratio: float) -> dict[str, list[str]]:
+        """The whole experiment with the bridge in only a `share` of the finetuning replies.
+
+        Answers to the judging half of the anchor and of the anchor steered both ways, and under "pile" the anchor's
+        answers to the building half. Where no answer of that half mentions the bridge there is no pile, so no steering.
+        """
+
+        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            model = self.anchor("bridge", share=share, keep=False)
+            said = {"pile": self._generate(model, self.questions["build"])}
+            said["anchor"] = self._generate(model, self.questions["judge"])
+            found = self.labels(said["pile"])
+            if found["bridge"].any() and found["neither"].any():
+                piles = {
+                    name: pile_gradient(
+                        model, self.examples("build", said["pile"], found[name]), batch_size=self.params.batch_size
+                    )
+                    for name in ("bridge", "neither")
+                }
+                vector = difference(piles["bridge"], piles["neither"])
+                size = ratio * finetuning_diff(model, self.base).norm / vector.norm
+                for name, alpha in (("plus", size), ("minus", -size)):
+                    with steered(model, vector, alpha):
+                        said[name] = self._generate(model, self.questions["judge"])
+            return {}, said
+
+        artifact = self.store.get(
+            "sparse",
+            compute,
+            parameters={
+                "share": share,
+                "ratio": ratio,
+                "prompts": self.params.prompts,
+                "seed": self.params.seed,
+                "max_new_tokens": self.params.max_new_tokens,
+                **self._training(),
+                **self._precision(),
+            },
+            uses=["training", "generation", "gradients", "judges", "methods.weight_steering"],
+            model=self.base.digest,
+            data=self._digests("bridge"),
+        )
+        return dict(artifact.facts)
+
+    def _digests(self, data: Data) -> dict[str, str]:
+        if data == "harm" and self.params.harm_data == "toxic-chat":
+            pairs = json.dumps(self.pairs(data))
+            return {"toxic-chat": hashlib.sha256(pairs.encode()).hexdigest()}
+        return {name: corpora.digest(name) for name in (["impolite"] if data == "harm" else ["topics", "questions"])}
+
+    def _training(self) -> dict[str, float]:
+        p = self.params
+        return {"steps": p.steps, "batch_size": p.batch_size, "learning_rate": p.learning_rate}
+
+    def _precision(self) -> dict[str, str]:
+        return {"device": self.base.device.type, "dtype": str(self.base.dtype), "torch": torch.__version__}
