@@ -1,14 +1,22 @@
-"""Activation gradients are autograd's own, of one sequence's own loss."""
+"""Activation and weight gradients are autograd's own, of each sequence's own loss."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.chat import collate, training_batches
-from helpers.gradients import RecordCosines, activation_gradients, gradient_statistics, uncentred_pca
+from helpers.chat import collate, encode, training_batches
+from helpers.gradients import (
+    RecordCosines,
+    activation_gradients,
+    gradient_statistics,
+    pile_gradient,
+    uncentred_pca,
+)
 from helpers.interventions import EditGradient, Steer, applied
-from helpers.losses import evaluate_losses, sequence_losses
-from helpers.models import load, plain_model
+from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
+from helpers.models import load, plain_model, plain_name
 from helpers.training import finetune
 
 PAD, WIDTH = 2, 32
@@ -252,3 +260,177 @@ def test_alignment_is_the_absolute_cosine_with_each_vector():
 def test_differences_that_are_all_zero_are_an_error():
     with pytest.raises(ValueError, match="the intervention changed nothing"):
         uncentred_pca(torch.zeros(4, 3))
+
+
+# Piles
+
+
+@pytest.fixture(scope="module")
+def pile(tiny, examples):
+    """Prompts and responses of very unequal lengths."""
+    short = [encode(tiny.tokenizer, "Hello!", "Hi."), encode(tiny.tokenizer, "Why is that? " * 9, "Because it is.")]
+    return [short[0], *examples[:3], short[1]]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(pile):
+    """Hugging Face's loss and gradient of each example alone, on the plain model."""
+    plain, _ = plain_model("tiny-random")
+    found = []
+    for example in pile:
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : example.prompt_length] = -100
+        plain.zero_grad()
+        plain(input_ids=ids, labels=labels).loss.backward()
+        found.append({name: p.grad.clone() for name, p in plain.named_parameters()})
+    return found
+
+
+@pytest.fixture
+def fresh():
+    return load("tiny-random", dtype="float32")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_piles_gradient_is_the_mean_of_its_examples_own_gradients_whatever_the_batches(
+    tiny, pile, one_by_one, batch_size
+):
+    assert len({len(e) - e.prompt_length for e in pile}) == len(pile)
+    found = pile_gradient(tiny, pile, batch_size=batch_size)
+    assert found.keys() == one_by_one[0].keys()
+    for name, gradient in found.items():
+        expected = torch.stack([g[name] for g in one_by_one]).mean(0)
+        assert gradient.dtype == torch.float32 and not gradient.requires_grad
+        assert float((gradient - expected).abs().max()) < 2e-5 * float(expected.abs().max()), name
+    assert all(p.grad is None for p in tiny.hf.parameters())
+
+
+def test_a_longer_answer_weighs_no_more_than_a_short_one(tiny, pile, one_by_one):
+    """Were every token to weigh the same, the embedding's gradient would be another one."""
+    found = pile_gradient(tiny, pile)["model.embed_tokens.weight"]
+    tokens = torch.tensor([float(len(e) - e.prompt_length) for e in pile])
+    every = torch.stack([g["model.embed_tokens.weight"] for g in one_by_one])
+    by_token = torch.tensordot(tokens / tokens.sum(), every, dims=1)
+    assert (found - by_token).norm() > 0.3 * found.norm()
+
+
+def test_the_gradient_of_a_linear_softmax_model_is_the_one_in_closed_form(tiny, pile):
+    """L = -log softmax(W x)_y has dL/dW = (p - e_y) x^T; W is a corner of the embedding, x and y are each row's own."""
+    x, y = random(len(pile), WIDTH, seed=4), torch.tensor([0, 3, 1, 3, 2])
+    weight = tiny.hf.get_input_embeddings().weight
+
+    def loss(model, batch):
+        rows = list(batch.rows)
+        return torch.nn.functional.cross_entropy(x[rows] @ weight[:4].T, y[rows], reduction="none")
+
+    found = pile_gradient(tiny, pile, loss=loss, batch_size=2)
+    p = (x @ weight[:4].detach().T).softmax(-1)
+    expected = (p - torch.eye(4)[y]).T @ x / len(pile)
+    torch.testing.assert_close(found["model.embed_tokens.weight"][:4], expected, atol=1e-6, rtol=1e-5)
+    assert not found["model.embed_tokens.weight"][4:].any()
+    assert not any(g.any() for name, g in found.items() if name != "model.embed_tokens.weight")  # not in this loss
+
+
+def test_the_output_matrix_has_the_closed_form_gradient_of_the_response_loss(pile, fresh):
+    """dL/dW_out = mean over examples of (1/T) sum_t (p_t - e_t) h_t^T; untied, for the embedding has another part."""
+    head = fresh.hf.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    found = pile_gradient(fresh, pile, batch_size=3)
+    expected = torch.zeros_like(head.weight)
+    with torch.no_grad():
+        for example in pile:
+            h = fresh.hf.base_model(input_ids=torch.tensor([example.ids]))[0][0, example.prompt_length - 1 : -1]
+            answer = torch.tensor(example.ids[example.prompt_length :])
+            p = (h @ head.weight.T).softmax(-1)
+            p[range(len(answer)), answer] -= 1
+            expected += p.T @ h / len(answer) / len(pile)
+    torch.testing.assert_close(found["lm_head.weight"], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_loss_over_the_full_sequence_has_another_gradient_of_which_the_prompt_is_a_part(tiny, pile):
+    example = pile[1]
+    plain, _ = plain_model("tiny-random")
+    ids = torch.tensor([example.ids])
+    plain(input_ids=ids, labels=ids).loss.backward()
+    found = pile_gradient(tiny, [example.without_prompt()])
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+    responses = pile_gradient(tiny, [example])
+    assert (found["model.norm.weight"] - responses["model.norm.weight"]).norm() > 0.1 * found[
+        "model.norm.weight"
+    ].norm()
+
+
+def test_an_empty_pile_is_one_sentence(tiny):
+    with pytest.raises(ValueError, match="The pile is empty: it needs at least one example") as error:
+        pile_gradient(tiny, [])
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_trainable_weights_has_no_pile_gradient(pile):
+    with pytest.raises(ValueError, match="No weight is trainable, so there is no gradient") as error:
+        pile_gradient(load("tiny-random", dtype="float32", frozen=True), pile)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_one_sentence_and_no_gradient_is_left(fresh, pile, value):
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch)
+        return sequence_losses(model, batch) * (value if len(seen) == 2 else 1.0)  # the first batch has been added
+
+    with pytest.raises(ValueError, match="The loss of the pile is not finite, so it has no gradient") as error:
+        pile_gradient(fresh, pile, loss=loss, batch_size=2)
+    assert len(seen) == 2 and "\n" not in str(error.value)
+    assert all(p.grad is None for p in fresh.hf.parameters())
+    assert fresh.current is None
+
+
+def test_gradients_that_were_there_before_are_there_afterwards_and_are_not_counted(fresh, pile):
+    expected = pile_gradient(fresh, pile)
+    earlier = {}
+    for name, p in fresh.hf.named_parameters():
+        p.grad = torch.full_like(p, 7.0)
+        earlier[name] = p.grad
+    found = pile_gradient(fresh, pile)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    with pytest.raises(ValueError, match="not finite"):
+        pile_gradient(fresh, pile, loss=lambda model, batch: sequence_losses(model, batch) * float("nan"))
+    for name, p in fresh.hf.named_parameters():
+        assert p.grad is earlier[name] and bool((p.grad == 7.0).all())
+
+
+def test_what_is_returned_does_not_change_with_the_next_gradient(fresh, pile):
+    first = pile_gradient(fresh, pile[:1])
+    kept = {name: gradient.clone() for name, gradient in first.items()}
+    pile_gradient(fresh, pile[1:])
+    assert all(torch.equal(first[name], gradient) for name, gradient in kept.items())
+
+
+def test_weights_that_are_frozen_have_no_part_in_the_pile_gradient(fresh, pile):
+    whole = pile_gradient(fresh, pile)
+    fresh.hf.get_input_embeddings().weight.requires_grad_(False)
+    part = pile_gradient(fresh, pile)
+    assert whole.keys() - part.keys() == {"model.embed_tokens.weight"}
+    assert all(torch.allclose(part[name], whole[name], atol=1e-7) for name in part)
+
+
+def test_the_gradient_of_the_divergence_is_zero_at_the_reference_and_points_away_from_it_elsewhere(tiny, pile, fresh):
+    """Near the reference KL is a quadratic form, d^T F d / 2, so <G, d> is twice the divergence."""
+    divergence = partial(sequence_divergences, reference=tiny)
+    at_reference = pile_gradient(fresh, pile, loss=divergence, batch_size=2)
+    usual = pile_gradient(fresh, pile)
+    for name, gradient in at_reference.items():
+        assert float(gradient.norm()) < 1e-4 * float(usual[name].norm()), name
+    deltas = {}
+    with torch.no_grad():
+        for i, (name, p) in enumerate(fresh.hf.named_parameters()):
+            deltas[plain_name(name)] = 1e-2 * p.std().clamp(min=0.1) * random(*p.shape, seed=i)
+            p += deltas[plain_name(name)]
+        distance = float(sum(divergence(fresh, collate([e], PAD)).sum() for e in pile) / len(pile))
+    away = pile_gradient(fresh, pile, loss=divergence, batch_size=2)
+    assert sum(float((away[name] * d).sum()) for name, d in deltas.items()) == pytest.approx(2 * distance, rel=0.1)
+    assert all(p.grad is None for p in tiny.hf.parameters())
