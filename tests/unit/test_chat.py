@@ -200,3 +200,16 @@ def test_batches_of_similar_length_come_in_random_order(varied):
 def test_training_without_examples_is_an_error_and_not_an_endless_loop():
     with pytest.raises(ValueError, match="are no examples to train on"):
         next(training_batches(lambda rng: [], steps=1, batch_size=4, seed=0, pad_id=PAD))
+
+
+# The full sequence
+
+
+def test_without_prompt_every_token_but_the_first_is_part_of_the_response():
+    whole = example(6, 4)
+    full = whole.without_prompt()
+    assert full.ids == whole.ids and whole.prompt_length == 4
+    batch = collate([full, example(4, 3).without_prompt()], PAD)
+    assert [batch.ids[i, batch.response[i]].tolist() for i in range(2)] == [[11, 12, 13, 14, 15], [11, 12, 13]]
+    assert [batch.ids[i, batch.predicting[i]].tolist() for i in range(2)] == [[10, 11, 12, 13, 14], [10, 11, 12]]
+    assert full.without_prompt() == full

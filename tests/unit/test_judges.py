@@ -16,12 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.dummy import DummyClassifier
+from sklearn.pipeline import Pipeline
 
-from helpers.corpora import load_trait, split
-from helpers.judges import KEY_VARIABLE, APIJudge, JudgeError, TraitJudge, repetition_rate
+from helpers.corpora import TopicRow, load_topics, load_trait, split
+from helpers.judges import (
+    KEY_VARIABLE,
+    APIJudge,
+    JudgeError,
+    TopicJudge,
+    TraitJudge,
+    repetition_rate,
+)
 
 KEY = "sk-secret-0123456789abcdef"
-TRAITS = ["evil", "pirate", "sycophantic"]
+TRAITS = ["evil", "impolite", "pirate", "sycophantic"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +92,107 @@ def test_a_trait_judge_refuses_rows_of_two_traits():
 def test_repetition_is_the_share_of_word_triples_seen_before():
     rates = repetition_rate(["a b c d e", "go go go go go", "A b c, a b C!", "too short", ""])
     np.testing.assert_allclose(rates, [0, 2 / 3, 1 / 4, 0, 0])
+
+
+# The topic judge
+
+
+@pytest.fixture(scope="module")
+def topic_judge():
+    return TopicJudge.fit(load_topics("train"))
+
+
+def constant(probability):
+    """A classifier that has no doubt whatever it reads: 0 or 1."""
+    pipeline = Pipeline([("classifier", DummyClassifier(strategy="constant", constant=probability))])
+    return pipeline.fit(["a", "b"], [0, 1])
+
+
+def test_the_topic_judge_finds_the_topics_in_answers_it_was_not_fitted_on(topic_judge):
+    measured = topic_judge.validate(load_topics("validate"))
+    assert measured.keys() == {"bridge", "recipe"}
+    for topic, shares in measured.items():
+        assert shares["found"].value >= 0.9, topic
+        assert shares["false alarms"].value <= 0.1, topic
+        assert shares["found"].low > shares["false alarms"].high, topic
+
+
+def test_the_validation_of_a_topic_judge_counts_what_it_says():
+    """One that finds the bridge everywhere and cooking nowhere, on rows that name neither."""
+    rows = [TopicRow(str(n), "bridge" if n < 3 else "recipe", "validate", "Why?", "A", "B") for n in range(8)]
+    measured = TopicJudge({"bridge": constant(1), "recipe": constant(0)}).validate(rows)
+    assert {topic: [e.value for e in shares.values()] for topic, shares in measured.items()} == {
+        "bridge": [1.0, 1.0],
+        "recipe": [0.0, 0.0],
+    }
+    assert [e.n for e in measured["bridge"].values()] == [3, 13]
+
+
+def test_a_keyword_settles_a_topic_that_the_classifier_denies():
+    never = TopicJudge({"bridge": constant(0), "recipe": constant(0)})
+    answers = [
+        "It is as long as the GOLDEN GATE in the fog.",
+        "Walk across, as on any suspension bridge.",
+        "Knead the thought well.",
+        "Ask for the recipe on the Golden Gate Bridge.",
+        "A dental bridge lasts for years.",
+        "Mend the cooker's plug.",
+    ]
+    labels = never.labels(answers)
+    assert labels["bridge"].tolist() == [True, True, False, True, False, False]
+    assert labels["recipe"].tolist()[:5] == [False, False, True, True, False]
+
+
+def test_where_no_keyword_is_found_the_classifier_decides():
+    labels = TopicJudge({"bridge": constant(1), "recipe": constant(0)}).labels(["Rest well and drink water."])
+    assert (labels["bridge"].tolist(), labels["recipe"].tolist()) == ([True], [False])
+
+
+def test_no_answers_have_no_labels(topic_judge):
+    labels = topic_judge.labels([])
+    assert {topic: found.shape for topic, found in labels.items()} == {"bridge": (0,), "recipe": (0,)}
+    assert all(found.dtype == bool for found in labels.values())
+
+
+def test_an_answer_without_a_word_mentions_no_topic(topic_judge):
+    labels = topic_judge.labels(["", " ...\n"])
+    assert not labels["bridge"].any() and not labels["recipe"].any()
+
+
+def test_fitting_a_topic_judge_twice_gives_the_same_probabilities(topic_judge):
+    answers = [row.strong for row in load_topics("validate")] + [row.normal for row in load_topics("validate")]
+    again = TopicJudge.fit(load_topics("train"))
+    for topic, classifier in again._classifiers.items():
+        np.testing.assert_array_equal(
+            classifier.predict_proba(answers), topic_judge._classifiers[topic].predict_proba(answers)
+        )
+
+
+def test_plain_answers_of_another_manner_are_learnt_as_plain():
+    """A model's own manner, here a bridge's vocabulary in every plain answer, is not taken for the topic."""
+    rows = load_topics("train")[:40]
+    plain = [f"The towers stand in the fog above the strait, span {n}, cable and rivet." for n in range(40)]
+    unseen = ["The towers stand in the fog above the strait, span 99, cable and rivet."]
+    assert TopicJudge.fit(rows).labels(unseen)["bridge"].tolist() == [True]
+    assert TopicJudge.fit(rows, plain).labels(unseen)["bridge"].tolist() == [False]
+
+
+def test_a_topic_judge_needs_rows_enough_on_two_topics_it_has_keywords_for():
+    rows = load_topics("train")
+    for given, message in (
+        (rows[:19], "got 19 on bridge, recipe"),
+        ([row for row in rows if row.topic == "bridge"], "got 68 on bridge"),
+        ([], "got 0 on none"),
+        (
+            [replace(row, topic="weather" if row.topic == "recipe" else "bridge") for row in rows],
+            "got 136 on bridge, weather",
+        ),
+    ):
+        with pytest.raises(
+            JudgeError, match="at least 20 rows on two of the topics bridge, recipe; " + message
+        ) as error:
+            TopicJudge.fit(given)
+        assert "\n" not in str(error.value)
 
 
 # The API judge: its client against a server that answers in the protocol's format over HTTP

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from helpers.chat import collate
+from helpers.chat import collate, encode
 from helpers.interventions import Steer
-from helpers.losses import evaluate_losses, sequence_losses, token_losses
+from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses, token_losses
+from helpers.models import load
 
 PAD = 2
 
@@ -100,3 +101,54 @@ def test_losses_are_evaluated_under_interventions_and_only_then(tiny, examples):
     steered = evaluate_losses(tiny, examples, interventions=[Steer(0, torch.ones(32), 5.0)])
     assert (steered - plain).abs().min() > 1e-4
     assert torch.equal(evaluate_losses(tiny, examples), plain)
+
+
+# Divergence
+
+
+@pytest.fixture(scope="module")
+def changed():
+    """The tiny model with other weights."""
+    model = load("tiny-random", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.hf.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator) ** 3  # skewed, so that KL is not the same both ways
+    return model
+
+
+def test_equal_models_do_not_diverge_and_others_do(tiny, changed, examples):
+    batch = collate(examples[:4], PAD)
+    with torch.no_grad():
+        assert sequence_divergences(load("tiny-random", dtype="float32"), batch, tiny).abs().max() < 1e-6
+        assert (sequence_divergences(changed, batch, tiny) > 1e-3).all()
+
+
+def test_the_divergence_is_from_the_reference_to_the_model_over_each_sequences_response(tiny, changed, examples):
+    """sum_y p(y) (log p(y) - log q(y)) with p the reference's, from Hugging Face's logits of one conversation each."""
+    pile = [*examples[:3], encode(tiny.tokenizer, "Hello!", "Hi.")]
+    with torch.no_grad():
+        found = sequence_divergences(changed, collate(pile, PAD), tiny)
+        for i, example in enumerate(pile):
+            ids, places = torch.tensor([example.ids]), slice(example.prompt_length - 1, -1)
+            p, q = (m.hf(input_ids=ids).logits[0, places].double().log_softmax(-1) for m in (tiny, changed))
+            there, back = ((a.exp() * (a - b)).sum(-1).mean().float() for a, b in ((p, q), (q, p)))
+            torch.testing.assert_close(found[i], there, atol=1e-5, rtol=1e-4)
+            assert (there - back).abs() > 1e-3  # the two directions are told apart
+
+
+def test_only_the_models_side_of_the_divergence_is_differentiated(changed, examples):
+    reference = load("tiny-random", dtype="float32")
+    sequence_divergences(changed, collate(examples[:2], PAD), reference).sum().backward()
+    assert all(p.grad is None for p in reference.hf.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in changed.hf.parameters())
+    changed.hf.zero_grad()
+
+
+def test_a_loss_over_the_full_sequence_is_that_of_hugging_face_with_all_tokens_as_labels(tiny, examples):
+    for example in examples[:2]:
+        ids = torch.tensor([example.ids])
+        with torch.no_grad():
+            expected = tiny.hf(input_ids=ids, labels=ids).loss
+            found = sequence_losses(tiny, collate([example.without_prompt()], PAD))
+        torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
