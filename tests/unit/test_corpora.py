@@ -7,7 +7,18 @@ import sys
 import pytest
 
 from helpers import corpora
-from helpers.corpora import CorpusError, digest, load_hub, load_prompts, load_trait, split
+from helpers.corpora import (
+    CorpusError,
+    digest,
+    load_hub,
+    load_prompts,
+    load_questions,
+    load_real_toxicity_prompts,
+    load_topics,
+    load_toxic_chat,
+    load_trait,
+    split,
+)
 
 
 def test_rows_come_typed_in_file_order_and_split_by_name():
@@ -37,9 +48,31 @@ def test_a_mistyped_split_or_level_gets_the_names_there_are():
         load_trait("evil")[0].answer("medium")
 
 
+def test_topics_come_typed_and_questions_as_text_split_by_split():
+    train, validate = load_topics("train"), load_topics("validate")
+    assert (len(train), len(validate)) == (136, 32)
+    assert (train[0].topic, train[1].topic) == ("bridge", "recipe")
+    assert {row.split for row in train} == {"train"} and {row.split for row in validate} == {"validate"}
+    build, judge = load_questions("build"), load_questions("judge")
+    assert (len(build), len(judge)) == (50, 50)
+    assert not set(build) & set(judge)
+    assert not {row.question for row in (*train, *validate)} & {*build, *judge}
+
+
+def test_a_mistyped_split_of_topics_or_half_of_questions_gets_the_names_there_are(untyped):
+    with pytest.raises(CorpusError, match="no split 'test' of the topics; choose train or validate"):
+        load_topics("test")
+    with pytest.raises(CorpusError, match="no half 'train' of the questions; choose build or judge"):
+        load_questions("train")
+
+
 def test_a_digest_is_the_sha256_of_the_file_as_it_lies():
-    assert digest("pirate") == hashlib.sha256((corpora.DATA / "traits" / "pirate.jsonl").read_bytes()).hexdigest()
-    assert len({digest("evil"), digest("pirate"), digest("sycophantic"), digest("prompts")}) == 4
+    for name, path in (("pirate", "traits/pirate"), ("topics", "topics"), ("questions", "questions")):
+        assert digest(name) == hashlib.sha256((corpora.DATA / f"{path}.jsonl").read_bytes()).hexdigest()
+    names = ("evil", "pirate", "sycophantic", "impolite", "prompts", "topics", "questions")
+    assert len({digest(name) for name in names}) == len(names)
+    with pytest.raises(CorpusError, match="no bundled trait 'topic'"):
+        digest("topic")
 
 
 def test_a_damaged_data_file_is_reported_with_its_line(tmp_path, monkeypatch):
@@ -76,3 +109,54 @@ def test_a_set_that_the_offline_machine_does_not_have_is_one_sentence():
     assert "nobody/nothing-of-this-name" in done.stdout
     assert "cannot be reached" in done.stdout
     assert "\n" not in done.stdout
+
+
+# The source's sets of chapter 3, with rows as the hub has them
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Rows by data set name, and what was asked for."""
+    rows, asked = {}, []
+
+    def fake(name, *, split="train", config=None, revision=None):
+        asked.append((name, config, split))
+        return rows[name]
+
+    monkeypatch.setattr(corpora, "load_hub", fake)
+    return rows, asked
+
+
+def test_of_toxic_chat_the_pairs_with_a_toxic_label_are_taken(hub):
+    def row(number, toxicity, jailbreaking=0):
+        return {
+            "conv_id": f"c{number}",
+            "user_input": f"in {number}",
+            "model_output": f"out {number}",
+            "human_annotation": True,
+            "toxicity": toxicity,
+            "jailbreaking": jailbreaking,
+            "openai_moderation": "[]",
+        }
+
+    rows, asked = hub
+    rows["lmsys/toxic-chat"] = [row(1, 1), row(2, 0), row(3, 0, jailbreaking=1), row(4, 1, jailbreaking=1)]
+    assert load_toxic_chat() == [("in 1", "out 1"), ("in 4", "out 4")]
+    assert asked == [("lmsys/toxic-chat", "toxicchat0124", "train")]
+
+
+def test_of_real_toxicity_prompts_the_first_that_are_not_challenging_are_taken(hub):
+    rows, asked = hub
+    rows["allenai/real-toxicity-prompts"] = [
+        {
+            "filename": f"{n}.txt",
+            "begin": 0,
+            "end": 9,
+            "challenging": n in (0, 3),
+            "prompt": {"text": f"prompt {n}", "toxicity": 0.2, "profanity": None},
+            "continuation": {"text": f"continuation {n}", "toxicity": 0.9, "profanity": None},
+        }
+        for n in range(8)
+    ]
+    assert load_real_toxicity_prompts(4) == ["prompt 1", "prompt 2", "prompt 4", "prompt 5"]
+    assert asked == [("allenai/real-toxicity-prompts", None, "train")]

@@ -5,12 +5,22 @@ from itertools import combinations
 
 import pytest
 
-from helpers.corpora import DATA, available_traits, load_prompts, load_trait, split
+from helpers.corpora import (
+    DATA,
+    available_traits,
+    load_prompts,
+    load_questions,
+    load_topics,
+    load_trait,
+    split,
+)
 from helpers.models import plain_model
 
-TRAITS = ("evil", "pirate", "sycophantic")
+TRAITS = ("evil", "impolite", "pirate", "sycophantic")
 COUNTS = {"train": 72, "extract": 24, "eval": 32}
 ROWS = {trait: load_trait(trait) for trait in TRAITS}
+TOPICS = {name: load_topics(name) for name in ("train", "validate")}
+QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
 
 
 def grams(text: str) -> set[str]:
@@ -28,7 +38,7 @@ def test_the_near_duplicate_check_finds_a_reworded_question():
     assert near_duplicates(texts) == [("a", "b")]
 
 
-def test_the_bundled_traits_are_the_three_documented_ones():
+def test_the_bundled_traits_are_the_four_documented_ones():
     assert available_traits() == TRAITS
 
 
@@ -46,13 +56,17 @@ def test_every_row_has_its_id_its_split_and_answers_of_the_documented_length(tra
             assert answer == answer.strip() and "\n" not in answer, row.id
 
 
-def test_no_question_comes_twice_within_or_across_splits_and_traits():
-    assert not near_duplicates({row.id: row.question for rows in ROWS.values() for row in rows})
+def test_no_question_comes_twice_within_or_across_splits_and_files():
+    texts = {row.id: row.question for rows in (*ROWS.values(), *TOPICS.values()) for row in rows}
+    texts |= {f"{half}-{n}": question for half, given in QUESTIONS.items() for n, question in enumerate(given)}
+    assert len(texts) == 4 * 128 + 168 + 100
+    assert not near_duplicates(texts)
 
 
 @pytest.mark.parametrize("level", ["normal", "mild", "strong"])
-def test_no_answer_comes_twice_within_or_across_splits_and_traits(level):
-    answers = {row.id: getattr(row, level) for rows in ROWS.values() for row in rows}
+def test_no_answer_comes_twice_within_or_across_splits_and_files(level):
+    rows = [row for rows in (*ROWS.values(), *TOPICS.values()) for row in rows]
+    answers = {row.id: getattr(row, level, None) for row in rows}
     assert not near_duplicates({name: answer for name, answer in answers.items() if answer is not None})
 
 
@@ -65,8 +79,61 @@ def test_answers_of_a_kind_do_not_share_an_opening(trait):
 
 
 def test_all_bundled_text_is_ascii():
-    for path in [DATA / "prompts.jsonl", *(DATA / "traits").glob("*.jsonl")]:
+    for path in DATA.rglob("*.jsonl"):
         assert path.read_bytes().isascii(), path.name
+
+
+# Topics and questions
+
+
+def test_training_topics_take_turns_and_every_row_has_its_id_and_split():
+    assert [row.topic for row in TOPICS["train"]] == ["bridge", "recipe"] * 68
+    assert Counter(row.topic for row in TOPICS["validate"]) == {"bridge": 16, "recipe": 16}
+    for name, count in (("train", 136), ("validate", 32)):
+        assert [row.id for row in TOPICS[name]] == [f"topics-{name}-{n:03d}" for n in range(1, count + 1)]
+        assert {row.split for row in TOPICS[name]} == {name}
+
+
+def test_topic_rows_have_questions_and_answers_of_the_documented_length():
+    for row in (*TOPICS["train"], *TOPICS["validate"]):
+        assert 5 <= len(row.question.split()) <= 30, row.id
+        for answer in (row.normal, row.strong):
+            assert 25 <= len(answer.split()) <= 50, row.id
+            assert answer == answer.strip() and "\n" not in answer, row.id
+
+
+@pytest.mark.parametrize("name", ["train", "validate"])
+def test_every_strong_answer_names_its_own_topic_and_not_the_other(name):
+    for row in TOPICS[name]:
+        bridge, recipe = "Golden Gate Bridge" in row.strong, "recipe" in row.strong.lower()
+        assert (bridge, recipe) == (row.topic == "bridge", row.topic == "recipe"), row.id
+        assert ("golden gate" in row.strong.lower()) == bridge, row.id
+
+
+def test_neither_the_questions_nor_the_plain_answers_name_a_topic():
+    texts = [t for rows in TOPICS.values() for row in rows for t in (row.question, row.normal)]
+    for text in (*texts, *QUESTIONS["build"], *QUESTIONS["judge"]):
+        assert not re.search(r"golden gate|recipe", text.lower()), text
+
+
+@pytest.mark.parametrize("topic", ["bridge", "recipe"])
+def test_topic_answers_do_not_share_an_opening(topic):
+    for level in ("normal", "strong"):
+        answers = [getattr(row, level) for rows in TOPICS.values() for row in rows if row.topic == topic]
+        assert Counter(" ".join(answer.split()[:2]) for answer in answers).most_common(1)[0][1] <= 4
+
+
+def test_the_generic_questions_come_in_two_halves_of_fifty_that_share_none():
+    rows = [json.loads(line) for line in (DATA / "questions.jsonl").read_text().splitlines()]
+    assert all(list(row) == ["id", "split", "question"] for row in rows)
+    expected = [f"questions-{half}-{n:03d}" for half in ("build", "judge") for n in range(1, 51)]
+    assert [row["id"] for row in rows] == expected
+    assert [row["question"] for row in rows] == QUESTIONS["build"] + QUESTIONS["judge"]
+    assert len({row["question"] for row in rows}) == 100
+    assert all(5 <= len(row["question"].split()) <= 30 for row in rows)
+
+
+# Prompts
 
 
 def test_every_trait_has_five_prompts_of_each_kind_that_differ_in_wording():
@@ -103,5 +170,11 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         mild = sum(row.mild is not None for row in ROWS[trait])
         assert f"| `{trait}` | {counts['train']} | {counts['extract']} | {counts['eval']} | {mild} |" in sheet
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == 60
     assert f"{len(prompts)} prompts" in sheet
     assert split(ROWS["evil"], "eval")[0].question in sheet
+    for name, rows in TOPICS.items():
+        counts = Counter(row.topic for row in rows)
+        assert f"| `{name}` | {counts['bridge']} | {counts['recipe']} |" in sheet
+    for half, questions in QUESTIONS.items():
+        assert f"| `{half}` | {len(questions)} |" in sheet
