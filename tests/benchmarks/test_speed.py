@@ -1,4 +1,4 @@
-"""What steering, capture and the finetuning loop cost, as ratios measured in one run.
+"""What steering, capture, pile gradients and the finetuning loop cost, as ratios measured in one run.
 
 Contestants take turns, so that a busy machine slows them alike; ratios are of medians. Ours is what pytest-benchmark
 times and what its table shows, the others are timed just before each of its rounds. Everything measured is printed
@@ -16,11 +16,11 @@ from jaxtyping import config as jaxtyping_config
 
 from helpers.activations import PersonaVector
 from helpers.chat import collate, encode, training_batches
-from helpers.corpora import load_trait, split
-from helpers.gradients import activation_gradients
+from helpers.corpora import load_topics, load_trait, split
+from helpers.gradients import activation_gradients, pile_gradient
 from helpers.methods.preventative_steering import preventative_steering
 from helpers.models import LoRA, load, plain_model
-from helpers.params import PreventativeSteeringParams
+from helpers.params import PreventativeSteeringParams, WeightSteeringParams
 from helpers.training import finetune
 
 PARAMS = PreventativeSteeringParams(preset="quick")
@@ -128,6 +128,45 @@ def test_steering_and_capture_cost_little_more_than_the_plain_passes(benchmark):
     report(benchmark, precision=str(model.dtype), tokens=int(batch.attention.sum()), seconds=found, **ratios)
     assert ratios["ours / plain"] <= 1.15
     assert ratios["ours / plain, frozen"] <= 1.15
+
+
+# Pile gradients
+
+PILE = 24
+
+
+def test_a_batched_pile_gradient_is_faster_than_one_example_at_a_time(benchmark):
+    """At least 3 times as fast on the same pile, model and precision; in the source one example at a time is added up.
+
+    One at a time is ours with batches of one, which shares all savings but batching, and as a user would write it: the
+    plain model with Hugging Face's loss.
+    """
+    params = WeightSteeringParams(preset="quick")
+    model = load(params.model)
+    plain, tokenizer = plain_model(params.model)
+    plain = plain.to(model.device)
+    pile = [encode(tokenizer, row.question, row.strong) for row in load_topics("train")[:PILE]]
+
+    def ours():
+        pile_gradient(model, pile, batch_size=params.batch_size)
+
+    def batches_of_one():
+        pile_gradient(model, pile, batch_size=1)
+
+    def by_hand():
+        for example in pile:
+            ids = torch.tensor([example.ids], device=model.device)
+            labels = ids.clone()
+            labels[:, : example.prompt_length] = -100
+            with model.autocast():
+                (plain(input_ids=ids, labels=labels, use_cache=False).loss / len(pile)).backward()
+        plain.zero_grad(set_to_none=True)
+
+    found = take_turns(benchmark, ours, {"one at a time": batches_of_one, "plain, by hand": by_hand}, rounds=3)
+    ratios = {f"{name} / ours": round(found[name] / found["ours"], 3) for name in found if name != "ours"}
+    tokens = sum(len(example) for example in pile)
+    report(benchmark, precision=str(model.dtype), tokens=tokens, seconds=found, **ratios)
+    assert ratios["one at a time / ours"] >= 3
 
 
 # Finetuning

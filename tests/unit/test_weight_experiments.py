@@ -77,7 +77,7 @@ def telling(exp, tmp_path, monkeypatch):
     model's own are mostly empty."""
 
     def tell(model, prompts, **settings):
-        total = sum(float((p.double() * (i + 1)).sum()) for i, p in enumerate(model.hf.parameters()))
+        total = sum(float((p.detach().double() * (i + 1)).sum()) for i, p in enumerate(model.hf.parameters()))
         return [f"{total:.4f} {model.tokenizer.decode(p.ids[-12:])} {settings}" for p in prompts]
 
     monkeypatch.setattr(experiments, "generate", tell)

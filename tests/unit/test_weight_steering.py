@@ -13,6 +13,7 @@ from helpers.methods.weight_steering import (
     alpha_for,
     cosine,
     difference,
+    dot,
     finetuning_diff,
     hadamard,
     layer_of,
@@ -149,6 +150,12 @@ def test_the_norm_and_the_cosine_are_over_all_weights_together(v, delta):
     assert cosine(v, delta) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-7)
     assert cosine(v, v) == pytest.approx(1)
     assert cosine(v, v.each(lambda _, t: -3 * t)) == pytest.approx(-1)
+
+
+def test_the_inner_product_is_over_all_weights_together(v, delta):
+    assert dot(v, delta.tensors) == pytest.approx(flat(v) @ flat(delta), rel=1e-5)
+    with pytest.raises(ValueError, match="not those of one architecture"):
+        dot(v, {name: t for name, t in delta.tensors.items() if name != "model.norm.weight"})
 
 
 def test_a_digest_changes_with_any_value_or_name_and_with_nothing_else(v):
