@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import FeatureUnion, Pipeline
 
 from helpers.corpora import TopicRow, TraitRow
@@ -195,7 +195,7 @@ def _fit_classifier(texts: Sequence[str], labels: Sequence[int], groups: Sequenc
         Pipeline([("features", features), ("classifier", classifier)]),
         {"classifier__C": [1.0, 10.0, 100.0, 1000.0, 10000.0]},
         scoring="neg_log_loss",  # the score is a probability: its calibration counts, not only its order
-        cv=GroupKFold(4),
+        cv=StratifiedGroupKFold(4, shuffle=True, random_state=0),
     ).fit(texts, labels, groups=groups)
 
 

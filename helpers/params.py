@@ -329,14 +329,15 @@ _WEIGHT_QUICK = {
     "model": "smollm2-135m-instruct",
     "seeds": (0,),
     "prompts": 50,
-    "ratio": 0.03,
-    "ratios": (0.01, 0.03, 0.1),
+    "ratio": 0.01,
+    "ratios": (0.003, 0.01, 0.03),
     "rank": 8,
+    "chosen_layers": (1,),
     "random_directions": 2,
-    "shares": (0.5, 0.2, 0.1, 0.05),
-    "steps": 25,
-    "batch_size": 16,
-    "learning_rate": 3e-5,
+    "shares": (0.5, 0.1),
+    "steps": 24,
+    "batch_size": 8,
+    "learning_rate": 2e-4,
     "max_new_tokens": 32,
     "resamples": 2000,
     "harm_data": "impolite",
@@ -344,8 +345,9 @@ _WEIGHT_QUICK = {
 _WEIGHT_FULL = {
     **_WEIGHT_QUICK,
     "seeds": (0, 1, 2, 3, 4),
-    "ratios": (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2),
+    "ratios": (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1),
     "random_directions": 10,
+    "shares": (0.5, 0.2, 0.1, 0.05),
     "max_new_tokens": 64,
     "resamples": 10_000,
 }
@@ -360,7 +362,7 @@ class WeightSteeringParams(Params):
             **_WEIGHT_QUICK,
             "model": "tiny-random",
             "prompts": 4,
-            "ratios": (0.03, 0.1),
+            "ratios": (0.01, 0.03),
             "random_directions": 1,
             "shares": (0.5,),
             "steps": 2,
@@ -375,6 +377,7 @@ class WeightSteeringParams(Params):
             **_WEIGHT_FULL,
             "model": "meta-llama/Llama-3.2-1B-Instruct",
             "learning_rate": 5e-5,
+            "ratio": 0.03,
             "harm_data": "toxic-chat",
             "judge_url": "https://api.openai.com/v1",
             "judge_model": "gpt-4o-mini",
@@ -385,6 +388,9 @@ class WeightSteeringParams(Params):
     ratio: Ratio = Field(description="working strength, as ||alpha V|| / ||Delta||")
     ratios: tuple[Ratio, ...] = Field(min_length=1, description="strengths of the dose-response sweep")
     rank: int = Field(ge=1, le=512, description="rank of the projected and the low-rank variant, per matrix")
+    chosen_layers: tuple[Layer, ...] = Field(
+        min_length=1, description="blocks of the variants that steer only there, or everywhere but there"
+    )
     random_directions: int = Field(ge=1, le=100, description="random directions of equal norm, as controls")
     shares: tuple[Annotated[float, Field(gt=0, le=0.5)], ...] = Field(
         min_length=1, description="shares of the finetuning replies that mention the bridge, for the sparse signal"
@@ -401,6 +407,16 @@ class WeightSteeringParams(Params):
         default=None, description="OpenAI-compatible server that judges harm; None: the offline judge of rudeness"
     )
     judge_model: str | None = Field(default=None, description="model that the server is asked for")
+
+    @model_validator(mode="after")
+    def _known_layers(self) -> "WeightSteeringParams":
+        count = KNOWN_LAYERS.get(self.model)
+        for layer in self.chosen_layers:
+            if count is not None and layer >= count:
+                raise ParameterError(
+                    f"Parameter 'chosen_layers' names layer {layer}, but {self.model!r} has 0 to {count - 1}."
+                )
+        return self
 
     @model_validator(mode="after")
     def _judged(self) -> "WeightSteeringParams":

@@ -26,7 +26,7 @@ from helpers.generation import generate
 from helpers.gradients import pile_gradient
 from helpers.judges import APIJudge, TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
-from helpers.methods.weight_steering import WeightVector, difference, finetuning_diff, steered
+from helpers.methods.weight_steering import WeightVector, alpha_for, difference, finetuning_diff, steered
 from helpers.models import Model, load
 from helpers.params import WeightSteeringParams
 from helpers.training import finetune
@@ -34,6 +34,7 @@ from helpers.training import finetune
 Half = Literal["build", "judge", "harm build", "harm judge"]
 Data = Literal["topics", "bridge", "harm"]
 TOPICS = ("bridge", "recipe")
+SPARSE = ("bridge", "neither")
 
 
 class WeightExperiment:
@@ -183,6 +184,49 @@ class WeightExperiment:
             if keep
         ]
 
+    def written(self, split: Literal["train", "validate"]) -> list[Example]:
+        """Questions with their plain written replies, about neither topic."""
+        rows = corpora.load_topics(split)[: self.params.prompts]
+        return [encode(self.base.tokenizer, row.question, row.normal) for row in rows]
+
+    def topic_piles(self, said: Sequence[str]) -> tuple[dict[str, list[Example]], list[str]]:
+        """The piles of an anchor's answers to the building half: bridge, recipe, neither.
+
+        Where no answer falls into a pile, written replies of the finetuning data stand in; the names of those piles
+        are returned as well.
+        """
+        found, rows = self.labels(said), corpora.load_topics("train")
+        written = {topic: [(row.question, row.strong) for row in rows if row.topic == topic] for topic in TOPICS}
+        written["neither"] = [(row.question, row.normal) for row in rows]
+        return self._piles("build", said, found, written)
+
+    def harm_piles(self, said: Sequence[str], base_said: Sequence[str]) -> tuple[dict[str, list[Example]], list[str]]:
+        """The piles of the harm experiment: harmful, and harmless before *and* after finetuning; whole sequences."""
+        harmful = self.harmful("harm build", said)
+        found = {"harmful": harmful, "harmless": ~harmful & ~self.harmful("harm build", base_said)}
+        rows = corpora.split(corpora.load_trait("impolite"), "train")
+        written = {
+            "harmful": [(row.question, row.strong) for row in rows],
+            "harmless": [(row.question, row.normal) for row in rows],
+        }
+        piles, stand_ins = self._piles("harm build", said, found, written)
+        return {name: [example.without_prompt() for example in pile] for name, pile in piles.items()}, stand_ins
+
+    def _piles(
+        self,
+        half: Half,
+        said: Sequence[str],
+        found: Mapping[str, Bool[np.ndarray, " answer"]],
+        written: Mapping[str, Sequence[tuple[str, str]]],
+    ) -> tuple[dict[str, list[Example]], list[str]]:
+        piles, stand_ins = {}, []
+        for name, pairs in written.items():
+            piles[name] = self.examples(half, said, found[name])
+            if not piles[name]:
+                stand_ins.append(name)
+                piles[name] = [encode(self.base.tokenizer, q, a) for q, a in pairs[: self.params.prompts]]
+        return piles, stand_ins
+
     def pile(
         self,
         model: Model,
@@ -204,9 +248,7 @@ class WeightExperiment:
             "pile-gradient",
             compute,
             parameters={
-                "examples": hashlib.sha256(
-                    json.dumps([[example.prompt_length, *example.ids] for example in examples]).encode()
-                ).hexdigest(),
+                "examples": _digest(examples),
                 "loss": loss,
                 "reference": self.base.digest if loss == "KL" else None,
                 "batch_size": self.params.batch_size,
@@ -231,38 +273,54 @@ class WeightExperiment:
         )
         return np.exp(artifact.facts["losses"])
 
-    def sparse(self, share: float, ratio: float) -> dict[str, list[str]]:
-        """The whole experiment with the bridge in only a `share` of the finetuning replies.
+    def losses(
+        self, model: Model, examples: Sequence[Example], vector: WeightVector | None = None, alpha: float = 0.0
+    ) -> Float[np.ndarray, " example"]:
+        """Mean response loss of each example in nats per token, of the model as it is or steered."""
 
-        Answers to the judging half of the anchor and of the anchor steered both ways, and under "pile" the anchor's
-        answers to the building half. Where no answer of that half mentions the bridge there is no pile, so no steering.
+        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            with steered(model, vector, alpha) if vector else nullcontext():
+                return {"losses": evaluate_losses(model, list(examples), batch_size=64)}, {}
+
+        artifact = self.store.get(
+            "steered-losses",
+            compute,
+            parameters={
+                "examples": _digest(examples),
+                "vector": vector.digest if vector else None,
+                "alpha": alpha if vector else None,
+                **self._precision(),
+            },
+            uses=["losses", "methods.weight_steering"],
+            model=model.digest,
+        )
+        return artifact.tensors["losses"].numpy()
+
+    def sparse(self, share: float) -> dict[str, list[str]]:
+        """The whole experiment with the bridge in only a `share` of the finetuning replies, at the working ratio.
+
+        Answers to the judging half: of the anchor, and of the anchor steered by plus and minus alpha V. "stand-ins" are
+        the piles that the anchor's answers left empty.
         """
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             model = self.anchor("bridge", share=share, keep=False)
-            said = {"pile": self._generate(model, self.questions["build"])}
-            said["anchor"] = self._generate(model, self.questions["judge"])
-            found = self.labels(said["pile"])
-            if found["bridge"].any() and found["neither"].any():
-                piles = {
-                    name: pile_gradient(
-                        model, self.examples("build", said["pile"], found[name]), batch_size=self.params.batch_size
-                    )
-                    for name in ("bridge", "neither")
-                }
-                vector = difference(piles["bridge"], piles["neither"])
-                size = ratio * finetuning_diff(model, self.base).norm / vector.norm
-                for name, alpha in (("plus", size), ("minus", -size)):
-                    with steered(model, vector, alpha):
-                        said[name] = self._generate(model, self.questions["judge"])
-            return {}, said
+            piles, stand_ins = self.topic_piles(self._generate(model, self.questions["build"]))
+            G = {name: pile_gradient(model, piles[name], batch_size=self.params.batch_size) for name in SPARSE}
+            vector = difference(*G.values())
+            size = alpha_for(vector, finetuning_diff(model, self.base), self.params.ratio)
+            said = {"anchor": self._generate(model, self.questions["judge"])}
+            for name, alpha in (("plus", size), ("minus", -size)):
+                with steered(model, vector, alpha):
+                    said[name] = self._generate(model, self.questions["judge"])
+            return {}, {**said, "stand-ins": [name for name in stand_ins if name in SPARSE]}
 
         artifact = self.store.get(
             "sparse",
             compute,
             parameters={
                 "share": share,
-                "ratio": ratio,
+                "ratio": self.params.ratio,
                 "prompts": self.params.prompts,
                 "seed": self.params.seed,
                 "max_new_tokens": self.params.max_new_tokens,
@@ -287,3 +345,8 @@ class WeightExperiment:
 
     def _precision(self) -> dict[str, str]:
         return {"device": self.base.device.type, "dtype": str(self.base.dtype), "torch": torch.__version__}
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    ids = [[example.prompt_length, *example.ids] for example in examples]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -41,6 +41,11 @@ class WeightVector:
         """Euclidean norm over all weights."""
         return float(sum(float(t.square().sum(dtype=torch.float64)) for t in self.tensors.values()) ** 0.5)
 
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of names and values, which the artifact store can key results by."""
@@ -77,9 +82,13 @@ def finetuning_diff(anchor: Model, base: Model) -> WeightVector:
 
 def cosine(a: WeightVector, b: WeightVector) -> float:
     """Cosine between two directions, over all weights."""
-    _same_architecture(a.tensors, b.tensors)
-    dot = sum(float((t * b.tensors[name]).sum(dtype=torch.float64)) for name, t in a.tensors.items())
-    return dot / (a.norm * b.norm)
+    return dot(a, b.tensors) / (a.norm * b.norm)
+
+
+def dot(a: WeightVector, b: Mapping[str, Tensor]) -> float:
+    """Inner product over all weights. With a pile's gradient G, alpha <V, G> is the first-order change of its loss."""
+    _same_architecture(a.tensors, b)
+    return sum(float((t * b[name]).sum(dtype=torch.float64)) for name, t in a.tensors.items())
 
 
 def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
@@ -121,9 +130,10 @@ def hadamard(vector: WeightVector, diff: WeightVector, scale: Literal["percentil
     s is one number for all weights: the 97th percentile of |Delta|, as in the source, or the median of the active
     tail, which the source names as the better choice. The tail is what exceeds a tenth of that percentile.
     """
-    s = _percentile(diff, 0.97)
+    sizes = magnitudes(diff)
+    s = float(sizes.kthvalue(max(1, round(0.97 * len(sizes)))).values)
     if scale == "active median":
-        tail = torch.cat([t.abs()[t.abs() > s / 10] for t in diff.tensors.values()])
+        tail = sizes[sizes > s / 10]
         s = float(tail.median()) if len(tail) else 0.0
     if not s > 0:
         raise ValueError("Finetuning changed too few weights for this scale: fewer than 3% of |Delta| are not 0.")
@@ -188,6 +198,15 @@ def random_like(vector: WeightVector, seed: int) -> WeightVector:
 # Profiles
 
 
+def magnitudes(diff: WeightVector, most: int = 2**22) -> Float[Tensor, " weight"]:
+    """|Delta| of all weights, or of every k-th where there are more than `most`.
+
+    From four million weights the 97th percentile's rank is known to about a hundredth of a per cent.
+    """
+    stride = -(-diff.count // most)
+    return torch.cat([t.flatten()[::stride].abs() for t in diff.tensors.values()])
+
+
 def layer_of(name: str) -> int | None:
     """The block that a parameter belongs to; None for the embedding and the final norm."""
     found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
@@ -229,12 +248,6 @@ def _same_architecture(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None
             "The weights are not those of one architecture, so they cannot be combined; take anchor, base and "
             "direction from the same model."
         )
-
-
-def _percentile(diff: WeightVector, share: float) -> float:
-    """A percentile of |Delta| over all weights; torch.quantile takes no tensor of this size."""
-    flat = torch.cat([t.abs().flatten() for t in diff.tensors.values()])
-    return float(flat.kthvalue(max(1, round(share * len(flat)))).values)
 
 
 def _leading(matrix: Float[Tensor, "m n"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
