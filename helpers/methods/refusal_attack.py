@@ -1,0 +1,595 @@
+"""The attack on refusal: find the directions that carry it, one after another, and project them out.
+
+Arditi et al. (2024): a candidate direction is the difference between mean activations of harmful and of harmless
+prompts at one layer and one of the last positions. The best candidate is the one whose ablation lowers the log-odds
+of refusing harmful prompts most, among those that leave harmless prompts alone (a small KL divergence) and that bring
+refusal about when they are added. Mody et al. iterate: with D ablated, find the next direction, add it to D.
+
+Context. Scoring every candidate costs two or three passes over all prompts each, and there are over a hundred.
+
+Intuition. To first order one backward pass says what the ablation of *any* direction does; a cheap exact score on a few
+prompts sorts the promising ones; only the best few are scored in full. What all prompts share at their start (the
+template's system message) is read once a candidate, not once a prompt.
+
+Layer l is the output of block l. The source measures there and adds at the block's input; here a difference is added
+where it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from helpers.chat import Batch, Example, batches
+from helpers.interventions import Ablate, Hook, Intervention, Steer, applied, resid_post
+from helpers.methods.refusal_redistribution import unembed
+from helpers.models import Model
+
+Scoring = Literal["screened", "exhaustive"]
+
+POSITIONS = (-5, -4, -3, -2, -1)
+"""The last positions of a prompt: those of the generation header."""
+
+KL_LIMIT = 0.1
+"""Nats. Above it, a candidate's ablation changes what the model says to harmless prompts."""
+
+
+def refusal_log_odds(
+    logits: Float[Tensor, "batch vocabulary"], refusal_ids: Sequence[int], eps: float = 1e-8
+) -> Float[Tensor, " batch"]:
+    """log P_R - log(1 - P_R), P_R being the probability of all refusal tokens together (Arditi et al. 2024).
+
+    In float64, since 1 - P_R may be tiny; `eps` is added to both. Raises `ValueError` without refusal tokens.
+    """
+    if not refusal_ids:
+        raise ValueError("Refusal needs at least one token to be recognised by, such as the first of 'I cannot'.")
+    refuses = logits.double().softmax(-1)[:, list(dict.fromkeys(refusal_ids))].sum(-1)
+    return (refuses + eps).log() - (1 - refuses + eps).log()
+
+
+def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...]:
+    """The intervention that projects these directions out at all three sites; none for no directions."""
+    return () if directions is None or not len(directions) else (Ablate(directions),)
+
+
+# Reading many prompts that begin alike
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts whose common beginning is read once.
+
+    The last `tail` tokens of every prompt are read on their own.
+    """
+
+    shared: tuple[int, ...]
+    rest: tuple[Batch, ...]
+    count: int
+
+    @classmethod
+    def of(cls, model: Model, prompts: Sequence[Example], *, batch_size: int = 32, tail: int = 1) -> PromptSet:
+        """Raises `ValueError` if there are no prompts."""
+        if not prompts:
+            raise ValueError("The attack needs at least one harmful and one harmless prompt.")
+        columns = zip(*(e.ids for e in prompts), strict=False)
+        common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+        length = max(0, min(common, min(map(len, prompts)) - tail))
+        rest = [Example(e.ids[length:], len(e) - length) for e in prompts]
+        return cls(prompts[0].ids[:length], tuple(batches(rest, batch_size, model.tokenizer.pad_token_id)), len(rest))
+
+    @torch.no_grad()
+    def read(
+        self,
+        model: Model,
+        visit: Callable[[Batch, Float[Tensor, "batch pos d_model"]], None],
+        interventions: Sequence[Intervention] = (),
+    ) -> None:
+        """Show `visit` each batch of what is left of the prompts, with its states after the final norm."""
+        with applied(model, *interventions), model.autocast():
+            start = None
+            if self.shared:
+                ids = torch.tensor([self.shared], device=model.device)
+                start = model.hf.base_model(input_ids=ids, use_cache=True).past_key_values
+            for batch in self.rest:
+                batch = batch.to(model.device)
+                mask = torch.nn.functional.pad(batch.attention.long(), (len(self.shared), 0), value=1)
+                cache: dict[str, Any] = {"use_cache": False}
+                if start is not None:
+                    cache = {"past_key_values": _repeated(start, len(batch.rows)), "use_cache": True}
+                visit(batch, model.hf.base_model(input_ids=batch.ids, attention_mask=mask, **cache)[0])
+
+    def last_logits(
+        self, model: Model, interventions: Sequence[Intervention] = ()
+    ) -> Float[Tensor, "example vocabulary"]:
+        """Next-token logits after each prompt, in the order given."""
+        found: dict[int, Tensor] = {}
+
+        def visit(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> None:
+            found.update(zip(batch.rows, unembed(model, _last(batch, hidden)), strict=True))
+
+        self.read(model, visit, interventions)
+        return torch.stack([found[row] for row in range(self.count)])
+
+
+def _repeated(cache: Any, times: int) -> Any:
+    """A copy of the key-value cache of one row, for `times` rows."""
+    from transformers import DynamicCache
+
+    copy = DynamicCache()
+    for layer, part in enumerate(cache.layers):
+        copy.update(*(t.expand(times, -1, -1, -1) for t in (part.keys, part.values)), layer)
+    return copy
+
+
+def _last(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:
+    """The state of each prompt's last token."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), batch.attention.sum(1) - 1]
+
+
+# Candidates
+
+
+def attacked_layers(model: Model) -> tuple[int, ...]:
+    """The first four fifths of the layers, where the source looks for candidates."""
+    return tuple(range(max(1, int(0.8 * model.layers))))
+
+
+def candidate_directions(
+    model: Model,
+    harmful: Sequence[Example],
+    harmless: Sequence[Example],
+    layers: Sequence[int],
+    positions: Sequence[int] = POSITIONS,
+    ablated: Float[Tensor, "k d_model"] | None = None,
+    *,
+    batch_size: int = 32,
+) -> Float[Tensor, "layer position d_model"]:
+    """Mean block output of harmful prompts minus that of harmless ones, raw, with `ablated` projected out.
+
+    Positions are counted from a prompt's end (-1 is its last token). One pass over all prompts, of which only sums are
+    kept. Raises `ValueError` for a layer or position that does not exist, or if there are no prompts of a kind.
+    """
+    shortest = min(map(len, [*harmful, *harmless]), default=0)
+    if any(not -shortest <= p < 0 for p in positions):
+        raise ValueError(
+            f"Positions {tuple(positions)} must be negative, counted from the end of prompts of which the shortest has "
+            f"{shortest} tokens."
+        )
+    streams: dict[int, Tensor] = {}
+    reader = _Keep({resid_post(model, layer): layer for layer in layers}, streams)
+    back = torch.tensor(positions, device=model.device)
+
+    def add(total: Tensor, batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> None:
+        rows = torch.arange(len(batch.rows), device=model.device)[:, None]
+        places = batch.attention.sum(1, keepdim=True) + back
+        for i, layer in enumerate(layers):
+            total[i] += streams[layer][rows, places].double().sum(0)
+
+    means = []
+    for prompts in (harmful, harmless):
+        total = torch.zeros(len(layers), len(positions), model.width, dtype=torch.float64, device=model.device)
+        together = PromptSet.of(model, prompts, batch_size=batch_size, tail=-min(positions))
+        together.read(model, partial(add, total), (*ablating(ablated), reader))
+        means.append(total / len(prompts))
+    return (means[0] - means[1]).float()
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """Put what passes the named points into `kept`; `leaf` is made the graph's beginning."""
+
+    names: dict[str, Any]
+    kept: dict[Any, Float[Tensor, "batch pos d_model"]]
+    leaf: str | None = None
+
+    def hooks(self, model: Model) -> list[Hook]:
+        def keeper(point: str) -> Any:
+            def keep(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+                if point == self.leaf:
+                    h = h.detach().requires_grad_()
+                self.kept[self.names[point]] = h
+                return h
+
+            return keep
+
+        return [(point, keeper(point)) for point in self.names]
+
+
+# Scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What ablating or adding each candidate does; NaN where a candidate was not scored."""
+
+    log_odds: Float[Tensor, "layer position"]
+    """Mean refusal log-odds of harmful prompts with the candidate ablated as well; the lower, the better."""
+    kl: Float[Tensor, "layer position"]
+    """KL(without it || with it ablated) of the next token after harmless prompts, in nats, mean over prompts."""
+    induce: Float[Tensor, "layer position"]
+    """Mean refusal log-odds of harmless prompts with the raw difference added after its layer."""
+
+    @property
+    def scored(self) -> Bool[Tensor, "layer position"]:
+        return ~self.log_odds.isnan()
+
+    def passing(self, kl_limit: float = KL_LIMIT) -> Bool[Tensor, "layer position"]:
+        """Candidates that leave harmless prompts alone and bring refusal about when added."""
+        return (self.kl <= kl_limit) & (self.induce >= 0)
+
+    @classmethod
+    def none(cls, layers: int, positions: int) -> Scores:
+        """No candidate scored yet."""
+        return cls(*(torch.full((layers, positions), float("nan"), dtype=torch.float64) for _ in range(3)))
+
+    def put(self, place: tuple[int, int], found: tuple[float, float, float]) -> None:
+        for values, value in zip((self.log_odds, self.kl, self.induce), found, strict=True):
+            values[place] = value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate chosen: indices of its layer and position among those scored."""
+
+    layer: int
+    position: int
+    fallback: bool
+    """No candidate passed the filters, so the best sum of log-odds and KL was taken."""
+
+
+def choose(scores: Scores, kl_limit: float = KL_LIMIT) -> Choice:
+    """The lowest log-odds among candidates with kl <= `kl_limit` and induce >= 0; if there are none, the lowest
+    log-odds + kl of all, marked as the fallback. Raises `ValueError` if nothing was scored."""
+    if not bool(scores.scored.any()):
+        raise ValueError("No candidate was scored, so none can be chosen.")
+    passing = scores.passing(kl_limit)
+    fallback = not bool(passing.any())
+    value = scores.log_odds + scores.kl if fallback else scores.log_odds
+    value = torch.where(scores.scored if fallback else passing, value, torch.inf)
+    layer, position = divmod(int(value.argmin()), value.shape[1])
+    return Choice(layer, position, fallback)
+
+
+class _Scorer:
+    """Exact scores of single candidates on given prompts, in the model with `ablated` projected out."""
+
+    def __init__(
+        self,
+        model: Model,
+        harmful: Sequence[Example],
+        harmless: Sequence[Example],
+        refusal_ids: Sequence[int],
+        ablated: Float[Tensor, "k d_model"] | None,
+        batch_size: int,
+    ) -> None:
+        if not harmful or not harmless:
+            raise ValueError("The attack needs at least one harmful and one harmless prompt.")
+        self.model, self.refusal_ids, self.harmful = model, refusal_ids, len(harmful)
+        self.ablated = torch.zeros(0, model.width) if ablated is None else ablated.float().cpu()
+        self.both = PromptSet.of(model, [*harmful, *harmless], batch_size=batch_size)
+        self.harmless = PromptSet.of(model, harmless, batch_size=batch_size)
+        self.before = self.harmless.last_logits(model, ablating(self.ablated)).log_softmax(-1)
+
+    @torch.no_grad()
+    def score(self, layer: int, raw: Float[Tensor, " d_model"]) -> tuple[float, float, float]:
+        raw = raw.float().cpu()
+        wider = torch.cat([self.ablated, unit(raw)[None]])
+        logits = self.both.last_logits(self.model, ablating(wider))
+        log_odds = refusal_log_odds(logits[: self.harmful], self.refusal_ids).mean()
+        after = logits[self.harmful :].log_softmax(-1)
+        kl = torch.nn.functional.kl_div(after, self.before, log_target=True, reduction="batchmean")
+        steer = Steer(layer, raw, 1.0)
+        added = self.harmless.last_logits(self.model, (*ablating(self.ablated), steer))
+        return float(log_odds), float(kl), float(refusal_log_odds(added, self.refusal_ids).mean())
+
+
+def unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """The vector at length one; zero stays zero."""
+    return torch.nn.functional.normalize(vector, dim=0)
+
+
+def score_exhaustively(
+    model: Model,
+    candidates: Float[Tensor, "layer position d_model"],
+    harmful: Sequence[Example],
+    harmless: Sequence[Example],
+    *,
+    refusal_ids: Sequence[int],
+    layers: Sequence[int],
+    ablated: Float[Tensor, "k d_model"] | None = None,
+    batch_size: int = 32,
+) -> Scores:
+    """Every candidate's scores, each from all prompts. `layers[i]` is the block whose output `candidates[i]` is from.
+
+    Raises `ValueError` if there are no prompts of a kind or no refusal tokens.
+    """
+    scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
+    scores = Scores.none(*candidates.shape[:2])
+    for i, layer in enumerate(layers):
+        for j in range(candidates.shape[1]):
+            scores.put((i, j), scorer.score(layer, candidates[i, j]))
+    return scores
+
+
+@dataclass(frozen=True)
+class Screening:
+    """How far candidates are sifted before they are scored on all prompts.
+
+    First-order predictions keep `wide` candidates; exact scores on a `share` of the prompts (at least four of a kind)
+    keep `exact` of them. `samples` tokens a prompt estimate the predicted KL.
+    """
+
+    wide: int = 18
+    exact: int = 6
+    share: float = 0.25
+    samples: int = 2
+
+
+def score_by_screening(
+    model: Model,
+    candidates: Float[Tensor, "layer position d_model"],
+    harmful: Sequence[Example],
+    harmless: Sequence[Example],
+    *,
+    refusal_ids: Sequence[int],
+    layers: Sequence[int],
+    ablated: Float[Tensor, "k d_model"] | None = None,
+    screening: Screening | None = None,
+    kl_limit: float = KL_LIMIT,
+    batch_size: int = 32,
+) -> Scores:
+    """Scores of the most promising candidates only, each exactly that of `score_exhaustively`; NaN for the others.
+
+    If none of the `exact` best passes the filters, the next `exact` are scored too. Raises as `score_exhaustively`.
+    """
+    screening = screening or Screening()
+    some_harmful, some_harmless = (_some(prompts, screening.share) for prompts in (harmful, harmless))
+    predicted = predict_scores(
+        model,
+        candidates,
+        some_harmful,
+        some_harmless,
+        refusal_ids=refusal_ids,
+        layers=layers,
+        ablated=ablated,
+        samples=screening.samples,
+        batch_size=batch_size,
+    )
+    order = ranking(predicted, kl_limit)[: max(screening.wide, screening.exact)]
+    fewer = len(some_harmful) + len(some_harmless) < len(harmful) + len(harmless)
+    if len(order) > screening.exact and fewer:
+        scorer = _Scorer(model, some_harmful, some_harmless, refusal_ids, ablated, batch_size)
+        roughly = Scores.none(*candidates.shape[:2])
+        for i, j in order:
+            roughly.put((i, j), scorer.score(layers[i], candidates[i, j]))
+        order = ranking(roughly, kl_limit)
+    scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
+    scores = Scores.none(*candidates.shape[:2])
+    for start in (0, screening.exact):
+        for i, j in order[start : start + screening.exact]:
+            scores.put((i, j), scorer.score(layers[i], candidates[i, j]))
+        if bool(scores.passing(kl_limit).any()):
+            break
+    return scores
+
+
+def _some(prompts: Sequence[Example], share: float) -> list[Example]:
+    """A share of the prompts, at least four, spread evenly over the list."""
+    count = min(len(prompts), max(4, round(share * len(prompts))))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def ranking(scores: Scores, kl_limit: float = KL_LIMIT) -> list[tuple[int, int]]:
+    """Scored candidates, the most promising first, as (layer, position) indices.
+
+    Two orders take turns: that of `choose`, and the plain one of log-odds + kl, since a rough score may be on the wrong
+    side of a limit.
+    """
+    places = [(int(i), int(j)) for i, j in scores.scored.nonzero()]
+    plain = {place: float(scores.log_odds[place] + scores.kl[place]) for place in places}
+    passing = scores.passing(kl_limit)
+    by_rule = sorted(
+        places, key=lambda p: (not passing[p], float(scores.log_odds[p]) if passing[p] else plain[p], plain[p])
+    )
+    by_sum = sorted(places, key=lambda p: plain[p])
+    return list(dict.fromkeys(place for pair in zip(by_rule, by_sum, strict=True) for place in pair))
+
+
+def predict_scores(
+    model: Model,
+    candidates: Float[Tensor, "layer position d_model"],
+    harmful: Sequence[Example],
+    harmless: Sequence[Example],
+    *,
+    refusal_ids: Sequence[int],
+    layers: Sequence[int],
+    ablated: Float[Tensor, "k d_model"] | None = None,
+    samples: int = 2,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Scores:
+    """All candidates' scores to lowest order, from one forward pass a prompt and a few backward passes.
+
+    Ablating r removes (a . r) r from the embedding and from everything that a block writes; what blocks read then lacks
+    it too. So a function f of the logits changes by about - sum over these sites and positions of (g . r)(a . r), with
+    g = df/da. (Summing over the blocks' inputs as well would count the same component once for every block.) Adding a
+    difference after block l changes f by g_l . difference, summed over positions. The KL is half the mean square of the
+    change of log p(y), with y drawn from p: the Fisher information, estimated from `samples` tokens a prompt.
+    """
+    flat = candidates.float().flatten(0, 1).to(model.device)
+    units = torch.nn.functional.normalize(flat, dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    written = ["blocks.0.hook_resid_pre"]
+    written += [f"blocks.{i}.{site}" for i in range(model.layers) for site in ("hook_attn_out", "hook_mlp_out")]
+    posts = [resid_post(model, layer) for layer in layers]
+    kept: dict[str, Tensor] = {}
+    keep = _Keep({point: point for point in [*written, *posts]}, kept, leaf=written[0])
+
+    def forward(batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+        with applied(model, *ablating(ablated), keep), model.autocast():
+            hidden = model.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
+            return unembed(model, _last(batch, hidden))
+
+    def gradient(values: Float[Tensor, " batch"], points: Sequence[str]) -> list[Tensor]:
+        return list(torch.autograd.grad(values.sum(), [kept[p] for p in points], retain_graph=True))
+
+    def when_ablated(values: Float[Tensor, " batch"]) -> Float[Tensor, "batch candidate"]:
+        change = torch.zeros(len(values), len(units), device=model.device)
+        for point, g in zip(written, gradient(values, written), strict=True):
+            change -= ((g.float() @ units.T) * (kept[point].detach().float() @ units.T)).sum(1)
+        return change
+
+    totals = [torch.zeros(len(flat), dtype=torch.float64, device=model.device) for _ in range(3)]
+    with torch.enable_grad():
+        for batch in batches(harmful, batch_size, model.tokenizer.pad_token_id):
+            now = refusal_log_odds(forward(batch.to(model.device)), refusal_ids)
+            totals[0] += (now[:, None].detach() + when_ablated(now)).sum(0) / len(harmful)
+        for batch in batches(harmless, batch_size, model.tokenizer.pad_token_id):
+            logits = forward(batch.to(model.device))
+            now = refusal_log_odds(logits, refusal_ids)
+            by_layer = torch.stack([g.float().sum(1) for g in gradient(now, posts)], dim=1)  # (batch, layer, d_model)
+            moved = torch.einsum("bld,lpd->blp", by_layer, candidates.to(by_layer)).flatten(1)
+            totals[2] += (now[:, None].detach() + moved).sum(0) / len(harmless)
+            logp = logits.log_softmax(-1)
+            for _ in range(samples):
+                drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(model.device)
+                change = when_ablated(logp.gather(1, drawn)[:, 0])
+                totals[1] += change.double().square().sum(0) / (2 * samples * len(harmless))
+    return Scores(*(total.cpu().view(candidates.shape[:2]) for total in totals))
+
+
+# The attack
+
+
+@dataclass(frozen=True)
+class Step:
+    """One direction of the attack, and what was found when it was chosen."""
+
+    k: int
+    direction: Float[Tensor, " d_model"]
+    """Unit, orthogonal to those before it."""
+    layer: int
+    position: int
+    log_odds: float
+    kl: float
+    induce: float
+    fallback: bool
+    norm: float
+    """Of the raw difference of means, in units of the residual stream."""
+    scored: int
+    """How many candidates were scored exactly."""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Where candidates are looked for and how they are scored. `layers` None means the first four fifths."""
+
+    layers: tuple[int, ...] | None = None
+    positions: tuple[int, ...] = POSITIONS
+    scoring: Scoring = "screened"
+    screening: Screening = field(default_factory=Screening)
+    kl_limit: float = KL_LIMIT
+    smallest: float = 0.01
+    """The attack ends at a difference shorter than this share of the first."""
+    batch_size: int = 32
+
+
+def iterated_ablation(
+    model: Model,
+    harmful: Sequence[Example],
+    harmless: Sequence[Example],
+    k_max: int,
+    *,
+    refusal_ids: Sequence[int],
+    settings: AttackSettings | None = None,
+    after: Callable[[int, Float[Tensor, "k d_model"]], None] | None = None,
+) -> list[Step]:
+    """Up to `k_max` directions, each the best found while those before it are ablated (Mody et al.).
+
+    `after(k, D)` is called for k = 0 (where D has no rows) and after each direction; generate there with
+    `interventions=ablating(D)`. Raises `ValueError` for more directions than the model's width, and as
+    `candidate_directions` and `score_exhaustively`.
+    """
+    settings = settings or AttackSettings()
+    if k_max > model.width:
+        raise ValueError(
+            f"{k_max} directions cannot be ablated: {model.name} has a hidden size of {model.width}, "
+            "and no more directions than that are orthogonal."
+        )
+    layers = attacked_layers(model) if settings.layers is None else settings.layers
+    scored: dict[str, Any] = {"refusal_ids": refusal_ids, "layers": layers, "batch_size": settings.batch_size}
+    basis, steps = torch.zeros(0, model.width), list[Step]()
+    if after is not None:
+        after(0, basis)
+    for k in range(1, k_max + 1):
+        raw = candidate_directions(
+            model, harmful, harmless, layers, settings.positions, basis, batch_size=settings.batch_size
+        )
+        if settings.scoring == "exhaustive":
+            scores = score_exhaustively(model, raw, harmful, harmless, ablated=basis, **scored)
+        else:
+            limits: dict[str, Any] = {"screening": settings.screening, "kl_limit": settings.kl_limit}
+            scores = score_by_screening(model, raw, harmful, harmless, ablated=basis, **limits, **scored)
+        choice = choose(scores, settings.kl_limit)
+        place = choice.layer, choice.position
+        norm = float(raw[place].norm())
+        if norm == 0 or (steps and norm < settings.smallest * steps[0].norm):
+            break
+        basis = orthonormal(torch.cat([basis, unit(raw[place].cpu())[None]]))
+        found = {name: float(getattr(scores, name)[place]) for name in ("log_odds", "kl", "induce")}
+        layer, position = layers[choice.layer], settings.positions[choice.position]
+        count = int(scores.scored.sum())
+        steps.append(Step(k, basis[-1], layer, position, **found, fallback=choice.fallback, norm=norm, scored=count))
+        if after is not None:
+            after(k, basis)
+    return steps
+
+
+def orthonormal(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+    """Gram-Schmidt by QR, each direction pointing the way that it did."""
+    q, r = torch.linalg.qr(directions.double().T)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.float().contiguous()
+
+
+# Stronger attackers
+
+
+def probe_direction(
+    activations: Float[Tensor, "example d_model"], harmful: Bool[Tensor, " example"]
+) -> Float[Tensor, "1 d_model"]:
+    """The unit normal of a logistic regression that tells harmful prompts from harmless ones, towards harmful.
+
+    Features are standardised for the fit (liblinear, balanced classes, as the source's probe); the normal is that of
+    the same boundary between raw activations. One row, as `Ablate` takes it. Raises `ValueError` if a class is missing.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if not 0 < int(harmful.sum()) < len(harmful):
+        raise ValueError("A probe needs activations of both harmful and harmless prompts.")
+    x = activations.double().cpu()
+    spread = x.std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    probe = LogisticRegression(solver="liblinear", class_weight="balanced", random_state=0, max_iter=1000)
+    probe.fit(((x - x.mean(0)) / spread).numpy(), harmful.cpu().numpy())
+    return unit(torch.from_numpy(probe.coef_[0]) / spread).float()[None]
+
+
+def top_subspace(candidates: Float[Tensor, "layer position d_model"], k: int) -> Float[Tensor, "k d_model"]:
+    """The k leading right singular vectors of the differences of class means at all layers and positions, at once.
+
+    Each difference counts with length one: late layers' would outweigh all others. Raises `ValueError` if there are
+    fewer independent differences than k.
+    """
+    rows = torch.nn.functional.normalize(candidates.double().flatten(0, 1), dim=-1)
+    _, size, directions = torch.linalg.svd(rows, full_matrices=False)
+    rank = int((size > 1e-6 * size[0]).sum())
+    if not 1 <= k <= rank:
+        raise ValueError(f"A subspace of {k} directions cannot be had: the differences of means span {rank}.")
+    return directions[:k].float()
