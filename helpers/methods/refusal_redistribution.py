@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helpers.chat import Batch, Example, collate
@@ -294,8 +294,8 @@ class RedistributionLoss:
         return total
 
 
-def prompt_ends(batch: Batch) -> torch.Tensor:
-    """The place of each prompt's last token: (batch,) integers."""
+def prompt_ends(batch: Batch) -> Int[Tensor, " batch"]:
+    """The place of each prompt's last token."""
     places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     return (prompt_tokens(batch) * places).amax(1)
 
