@@ -1,14 +1,16 @@
-"""What steering, capture, pile gradients and the finetuning loop cost, as ratios measured in one run.
+"""What steering, capture, pile gradients, the finetuning loop and the attack cost, as ratios measured in one run.
 
 Contestants take turns, so that a busy machine slows them alike; ratios are of medians. Ours is what pytest-benchmark
 times and what its table shows, the others are timed just before each of its rounds. Everything measured is printed
 (`pytest -s`) and kept in `extra_info`.
 """
 
+import json
 import math
 import statistics
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,14 @@ from helpers.chat import collate, encode, training_batches
 from helpers.corpora import load_topics, load_trait, split
 from helpers.gradients import activation_gradients, pile_gradient
 from helpers.methods.preventative_steering import preventative_steering
+from helpers.methods.refusal_attack import (
+    POSITIONS,
+    attacked_layers,
+    candidate_directions,
+    choose,
+    score_by_screening,
+    score_exhaustively,
+)
 from helpers.models import LoRA, load, plain_model
 from helpers.params import PreventativeSteeringParams, WeightSteeringParams
 from helpers.training import finetune
@@ -285,3 +295,58 @@ def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_pat
         seconds={"ours": ours, "Trainer": theirs},
     )
     assert ratio >= 1.3
+
+
+# The attack
+
+
+def refusal_prompts(tokenizer, count):
+    """Harmful and harmless training prompts, spread evenly over the file."""
+    rows = [json.loads(line) for line in (Path(__file__).parents[2] / "data" / "refusal.jsonl").open(encoding="utf-8")]
+    found = {}
+    for kind in ("harmful", "harmless"):
+        asked = [row["request"] for row in rows if row["kind"] == kind and row["split"] == "train"]
+        found[kind] = [encode(tokenizer, asked[i * len(asked) // count]) for i in range(count)]
+    return found
+
+
+def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
+    """The same candidate, at least 5 times as fast, from 16 harmful and 16 harmless prompts.
+
+    Both read what all prompts begin with once a candidate. The embedded model refuses nothing, so refusal is only the
+    chance that an answer begins with "I"; an aligned model's direction stands out more.
+    """
+    model = load(PARAMS.model, frozen=True)
+    prompts = refusal_prompts(model.tokenizer, 16)
+    layers = attacked_layers(model)
+    raw = candidate_directions(model, **prompts, layers=layers)
+    refusal_ids = [model.tokenizer("I", add_special_tokens=False)["input_ids"][0]]
+    settings = {**prompts, "refusal_ids": refusal_ids, "layers": layers}
+    times, scores = {}, {}
+
+    def exhaustively():
+        scores["exhaustive"] = score_exhaustively(model, raw, **settings)
+
+    def screened():
+        scores["screened"] = score_by_screening(model, raw, **settings)
+
+    times["exhaustive"] = seconds(exhaustively)  # once: it takes minutes, of many like passes
+    benchmark.pedantic(screened, rounds=3)
+    times["screened"] = benchmark.stats.stats.median
+    choices = {name: choose(found) for name, found in scores.items()}
+    kept = scores["screened"].scored
+    ratio = times["exhaustive"] / times["screened"]
+    report(
+        benchmark,
+        precision=str(model.dtype),
+        candidates=raw[..., 0].numel(),
+        scored_exactly=int(kept.sum()),
+        seconds={name: round(value, 2) for name, value in times.items()},
+        ratio=round(ratio, 2),
+        choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
+    )
+    for name in ("log_odds", "kl", "induce"):
+        one, other = (getattr(scores[which], name)[kept] for which in ("screened", "exhaustive"))
+        torch.testing.assert_close(one, other)
+    assert choices["screened"] == choices["exhaustive"]
+    assert ratio >= 5
