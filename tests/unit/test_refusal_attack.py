@@ -464,6 +464,8 @@ def test_a_probes_direction_is_the_planted_one_whatever_the_scale_of_its_feature
         assert found.shape == (1, WIDTH) and float(found.norm()) == pytest.approx(1, abs=1e-5)
         side = (x * scale - (x * scale).mean(0)) @ found[0]
         assert torch.equal(side > 0, harmful)  # towards harmful
+        boundary = torch.nn.functional.normalize(probe_direction(x, harmful) / scale)  # the same one, rescaled
+        torch.testing.assert_close(found, boundary, atol=1e-4, rtol=0)
     assert float(probe_direction(x, harmful)[0] @ v) > 0.9
     constant = torch.cat([x, torch.ones(400, 1)], dim=1)
     assert float(probe_direction(constant, harmful)[0, -1]) == 0
