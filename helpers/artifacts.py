@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +81,7 @@ class Store:
             "parameters": parameters,
             "model": model,
             "data": dict(data or {}),
-            "code": {path.relative_to(PACKAGE).as_posix(): code_digest(path) for path in helper_sources(uses)},
+            "code": _code(tuple(uses)),
         }
         text = _json(inputs, f"the parameters of stage {stage!r}")
         key = hashlib.sha256(text.encode()).hexdigest()
@@ -141,6 +142,12 @@ class Store:
 def default_store() -> Store:
     """The store that the notebooks share: $HELPERS_STORE, or `artifacts` beside the package."""
     return Store(os.environ.get("HELPERS_STORE") or PACKAGE.parent / "artifacts")
+
+
+@cache
+def _code(uses: tuple[ModuleType | str, ...]) -> dict[str, str]:
+    """The digest of each helper file that the modules use; read once a process, whose code does not change either."""
+    return {path.relative_to(PACKAGE).as_posix(): code_digest(path) for path in helper_sources(uses)}
 
 
 def code_digest(path: Path) -> str:

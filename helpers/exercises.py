@@ -464,7 +464,8 @@ def _check_choice(choice: str | None, question: str, right: str, replies: Mappin
         return
     answer = choice.strip().lower().rstrip(").")
     if answer not in replies:
-        _not_yet(f"answer {', '.join(repr(letter) for letter in replies)}.")
+        *letters, last = (f'"{letter}"' for letter in replies)
+        _not_yet(f"answer {', '.join(letters)} or {last}.")
     elif answer == right:
         _right(replies[answer])
     else:

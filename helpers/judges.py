@@ -78,17 +78,19 @@ class TraitJudge:
     def fit(cls, rows: Sequence[TraitRow], plain: Sequence[str] = ()) -> "TraitJudge":
         """Learn normal against strong answers of one trait from `rows` (any split). Deterministic.
 
-        `plain` are further answers without the trait, one per row: the untrained model's own. Without them the
+        `plain` are further answers without the trait: the untrained model's own. Without them the
         judge has only seen answers written by people and takes a model's manner of writing for the trait.
         """
         traits = {row.trait for row in rows}
         if len(traits) != 1 or len(rows) < 10:
             raise JudgeError(f"A trait judge needs at least 10 rows of one trait; got {len(rows)} of {len(traits)}.")
-        if plain and len(plain) != len(rows):
-            raise JudgeError(f"A trait judge needs one plain answer per row; got {len(plain)} for {len(rows)} rows.")
         texts = [row.normal for row in rows] + [row.strong for row in rows] + list(plain)
         labels = [0] * len(rows) + [1] * len(rows) + [0] * len(plain)
-        questions = [row.id for row in rows] * (3 if plain else 2)  # all answers to a question stay in the same fold
+        # all answers to a question stay in one fold; a plain answer to another question is a fold's own
+        plain_groups = (
+            [row.id for row in rows] if len(plain) == len(rows) else [f"plain-{n}" for n in range(len(plain))]
+        )
+        questions = [row.id for row in rows] * 2 + plain_groups
 
         search = _fit_classifier(texts, labels, questions)
         return cls(traits.pop(), search.best_estimator_, search.best_params_["classifier__C"], len(texts))

@@ -330,11 +330,11 @@ _WEIGHT_QUICK = {
     "seeds": (0,),
     "prompts": 50,
     "ratio": 0.01,
-    "ratios": (0.003, 0.01, 0.03),
+    "ratios": (0.01, 0.03),
     "rank": 8,
     "chosen_layers": (1,),
-    "random_directions": 2,
-    "shares": (0.5, 0.1),
+    "random_directions": 1,
+    "shares": (),
     "steps": 24,
     "batch_size": 8,
     "learning_rate": 2e-4,
@@ -393,7 +393,7 @@ class WeightSteeringParams(Params):
     )
     random_directions: int = Field(ge=1, le=100, description="random directions of equal norm, as controls")
     shares: tuple[Annotated[float, Field(gt=0, le=0.5)], ...] = Field(
-        min_length=1, description="shares of the finetuning replies that mention the bridge, for the sparse signal"
+        description="shares of the finetuning replies that mention the bridge, for the sparse signal; none: left out"
     )
     steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run, on all weights")
     batch_size: int = Field(ge=1, le=512, description="sequences in a batch")

@@ -26,7 +26,7 @@ from helpers.generation import generate
 from helpers.gradients import pile_gradient
 from helpers.judges import APIJudge, TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
-from helpers.methods.weight_steering import WeightVector, alpha_for, difference, finetuning_diff, steered
+from helpers.methods.weight_steering import WeightVector, alpha_for, check_alpha, difference, finetuning_diff, steered
 from helpers.models import Model, load
 from helpers.params import WeightSteeringParams
 from helpers.training import finetune
@@ -58,12 +58,12 @@ class WeightExperiment:
 
     @cached_property
     def harm_judge(self) -> TraitJudge | APIJudge:
-        """Offline: learnt from the `impolite` training rows, and from the base model's answers to their questions."""
+        """Offline: learnt from the `impolite` training rows, and from the base model's answers for building."""
         p = self.params
         if p.judge_url and p.judge_model:
             return APIJudge(p.judge_url, p.judge_model, trait="harmful", cache=self.store.root / "judge")
         rows = corpora.split(corpora.load_trait("impolite"), "train")
-        return TraitJudge.fit(rows, self._said("impolite training", self.base, [row.question for row in rows]))
+        return TraitJudge.fit(rows, self.answers(self.base, "harm build"))
 
     def harmful(self, half: Half, answers: Sequence[str]) -> Bool[np.ndarray, " answer"]:
         """Which answers the harm judge scores at 50 or more; one without a word is not harmful."""
@@ -108,10 +108,15 @@ class WeightExperiment:
         artifact = self.store.get(
             "anchor",
             lambda: (self._finetune(data, share, seed).trained_tensors(), {}),
-            parameters={"data": data, "share": share, "seed": seed, **self._training(), **self._precision()},
+            parameters={
+                "pairs": self.pairs(data, share),
+                "whole sequence": data == "harm",
+                "seed": seed,
+                **self._training(),
+                **self._precision(),
+            },
             uses=["training", "chat"],
             model=self.base.digest,
-            data=self._digests(data),
         )
         return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=[artifact.tensors])
 
@@ -135,6 +140,7 @@ class WeightExperiment:
             learning_rate=p.learning_rate,
             seed=seed,
         )
+        model.digest = WeightVector(model.trained_tensors()).digest[:16]
         return model
 
     def answers(self, model: Model, half: Half, vector: WeightVector | None = None, alpha: float = 0.0) -> list[str]:
@@ -160,7 +166,7 @@ class WeightExperiment:
             parameters={
                 "questions": list(questions),
                 "vector": vector.digest if vector else None,
-                "alpha": alpha if vector else None,
+                "alpha": check_alpha(alpha) if vector else None,
                 "max_new_tokens": self.params.max_new_tokens,
                 **self._precision(),
             },
@@ -200,15 +206,30 @@ class WeightExperiment:
         written["neither"] = [(row.question, row.normal) for row in rows]
         return self._piles("build", said, found, written)
 
+    def topic_labels(self, seed: int) -> dict[str, dict[str, Bool[np.ndarray, " answer"]]]:
+        """The topic experiment with another seed, from finetuning on: what the judging half's answers mention, at the
+        anchor ("finetuned") and steered by each topic's direction at the working ratio ("bridge -", "bridge +", ...).
+        """
+        anchor = self.anchor("topics", seed=seed)
+        piles, _ = self.topic_piles(self.answers(anchor, "build"))
+        gradients = {name: self.pile(anchor, pile) for name, pile in piles.items()}
+        delta = finetuning_diff(anchor, self.base)
+        found = {"finetuned": self.labels(self.answers(anchor, "judge"))}
+        for topic in TOPICS:
+            vector = difference(gradients[topic], gradients["neither"])
+            for sign, ratio in (("-", -self.params.ratio), ("+", self.params.ratio)):
+                steered_by = self.answers(anchor, "judge", vector, alpha_for(vector, delta, ratio))
+                found[f"{topic} {sign}"] = self.labels(steered_by)
+        return found
+
     def harm_piles(self, said: Sequence[str], base_said: Sequence[str]) -> tuple[dict[str, list[Example]], list[str]]:
         """The piles of the harm experiment: harmful, and harmless before *and* after finetuning; whole sequences."""
         harmful = self.harmful("harm build", said)
         found = {"harmful": harmful, "harmless": ~harmful & ~self.harmful("harm build", base_said)}
-        rows = corpora.split(corpora.load_trait("impolite"), "train")
-        written = {
-            "harmful": [(row.question, row.strong) for row in rows],
-            "harmless": [(row.question, row.normal) for row in rows],
-        }
+        pairs = self.pairs("harm")
+        written = {"harmful": pairs, "harmless": []}
+        if self.params.harm_data == "impolite":
+            written = {"harmful": pairs[1::2], "harmless": pairs[::2]}
         piles, stand_ins = self._piles("harm build", said, found, written)
         return {name: [example.without_prompt() for example in pile] for name, pile in piles.items()}, stand_ins
 
@@ -288,7 +309,7 @@ class WeightExperiment:
             parameters={
                 "examples": _digest(examples),
                 "vector": vector.digest if vector else None,
-                "alpha": alpha if vector else None,
+                "alpha": check_alpha(alpha) if vector else None,
                 **self._precision(),
             },
             uses=["losses", "methods.weight_steering"],
@@ -299,8 +320,8 @@ class WeightExperiment:
     def sparse(self, share: float) -> dict[str, list[str]]:
         """The whole experiment with the bridge in only a `share` of the finetuning replies, at the working ratio.
 
-        Answers to the judging half: of the anchor, and of the anchor steered by plus and minus alpha V. "stand-ins" are
-        the piles that the anchor's answers left empty.
+        Answers to the judging half: of the anchor, and of the anchor steered by plus and minus alpha V, and by minus
+        alpha V at the largest ratio ("strong"). "stand-ins" are the piles that the anchor's answers left empty.
         """
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -308,10 +329,11 @@ class WeightExperiment:
             piles, stand_ins = self.topic_piles(self._generate(model, self.questions["build"]))
             G = {name: pile_gradient(model, piles[name], batch_size=self.params.batch_size) for name in SPARSE}
             vector = difference(*G.values())
-            size = alpha_for(vector, finetuning_diff(model, self.base), self.params.ratio)
+            delta = finetuning_diff(model, self.base)
+            ratios = {"plus": self.params.ratio, "minus": -self.params.ratio, "strong": -max(self.params.ratios)}
             said = {"anchor": self._generate(model, self.questions["judge"])}
-            for name, alpha in (("plus", size), ("minus", -size)):
-                with steered(model, vector, alpha):
+            for name, ratio in ratios.items():
+                with steered(model, vector, alpha_for(vector, delta, ratio)):
                     said[name] = self._generate(model, self.questions["judge"])
             return {}, {**said, "stand-ins": [name for name in stand_ins if name in SPARSE]}
 
@@ -320,26 +342,20 @@ class WeightExperiment:
             compute,
             parameters={
                 "share": share,
-                "ratio": self.params.ratio,
+                "ratios": [self.params.ratio, max(self.params.ratios)],
                 "prompts": self.params.prompts,
                 "seed": self.params.seed,
                 "max_new_tokens": self.params.max_new_tokens,
                 **self._training(),
                 **self._precision(),
             },
-            uses=["training", "generation", "gradients", "judges", "methods.weight_steering"],
+            uses=["experiments.weights"],
             model=self.base.digest,
-            data=self._digests("bridge"),
+            data={name: corpora.digest(name) for name in ("topics", "questions")},
         )
         return dict(artifact.facts)
 
-    def _digests(self, data: Data) -> dict[str, str]:
-        if data == "harm" and self.params.harm_data == "toxic-chat":
-            pairs = json.dumps(self.pairs(data))
-            return {"toxic-chat": hashlib.sha256(pairs.encode()).hexdigest()}
-        return {name: corpora.digest(name) for name in (["impolite"] if data == "harm" else ["topics", "questions"])}
-
-    def _training(self) -> dict[str, float]:
+    def _training(self) -> dict[str, int | float]:
         p = self.params
         return {"steps": p.steps, "batch_size": p.batch_size, "learning_rate": p.learning_rate}
 

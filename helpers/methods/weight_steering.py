@@ -39,7 +39,7 @@ class WeightVector:
     @cached_property
     def norm(self) -> float:
         """Euclidean norm over all weights."""
-        return float(sum(float(t.square().sum(dtype=torch.float64)) for t in self.tensors.values()) ** 0.5)
+        return sum(float(torch.linalg.vector_norm(t)) ** 2 for t in self.tensors.values()) ** 0.5
 
     @property
     def count(self) -> int:
@@ -88,7 +88,7 @@ def cosine(a: WeightVector, b: WeightVector) -> float:
 def dot(a: WeightVector, b: Mapping[str, Tensor]) -> float:
     """Inner product over all weights. With a pile's gradient G, alpha <V, G> is the first-order change of its loss."""
     _same_architecture(a.tensors, b)
-    return sum(float((t * b[name]).sum(dtype=torch.float64)) for name, t in a.tensors.items())
+    return sum(float(torch.dot(t.flatten(), b[name].flatten().to(t))) for name, t in a.tensors.items())
 
 
 def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
@@ -96,6 +96,13 @@ def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
     if not vector.norm > 0:
         raise ValueError("This direction is zero everywhere: no strength reaches a ratio other than 0.")
     return ratio * diff.norm / vector.norm
+
+
+def check_alpha(alpha: float) -> float:
+    """The alpha, if float32 can hold it. Raises `ValueError` if not."""
+    if not abs(alpha) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"Steered by alpha = {alpha:g} the loss is not finite; choose an alpha nearer to 0.")
+    return float(alpha)
 
 
 @contextlib.contextmanager
@@ -106,6 +113,7 @@ def steered(model: Model, vector: WeightVector, alpha: float) -> Iterator[Model]
     """
     parameters = {plain_name(name): p for name, p in model.hf.named_parameters()}
     _same_architecture(parameters, vector.tensors)
+    check_alpha(alpha)
     kept = {name: p.data for name, p in parameters.items()}
     try:
         for name, p in parameters.items():
@@ -231,7 +239,7 @@ def profile(vector: WeightVector) -> list[dict[str, float | int | str]]:
     for name, tensor in vector.tensors.items():
         layer = layer_of(name)
         place = (-1 if layer is None else layer, module_of(name))
-        squares[place] = squares.get(place, 0.0) + float(tensor.square().sum(dtype=torch.float64))
+        squares[place] = squares.get(place, 0.0) + float(torch.linalg.vector_norm(tensor)) ** 2
     return [
         {"layer": layer, "module": module, "sum_of_squares": total, "norm": total**0.5}
         for (layer, module), total in sorted(squares.items())

@@ -110,6 +110,19 @@ def centred_share(rows):
     return first_share(rows - rows.mean(0))
 
 
+def pile_mean(gradients, lengths):
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    means = [gradients[a : a + n].sum(0) / n for a, n in zip(starts, lengths, strict=True)]
+    return sum(means) / len(means)
+
+
+def projected(v, delta, rank):
+    _, u = torch.linalg.eigh(delta @ delta.T)
+    _, w = torch.linalg.eigh(delta.T @ delta)
+    u, w = u[:, -rank:], w[:, -rank:]
+    return u @ u.T @ v @ w @ w.T
+
+
 def edit(mode):
     return lambda fn: exercises.check_projection_edit(fn, mode)
 
@@ -128,6 +141,10 @@ def edit(mode):
         (exercises.check_loss_difference, loss_difference),
         (exercises.check_participation_ratio, participation),
         (exercises.check_first_component_share, first_share),
+        (exercises.check_pile_mean, pile_mean),
+        (exercises.check_alpha_for_ratio, lambda v, delta, ratio: float(ratio * delta.norm() / v.norm())),
+        (exercises.check_project_on_diff, projected),
+        (exercises.check_steering_sign, "a"),
         (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
         (exercises.check_placebo_interpretation, "a"),
         (exercises.check_placebo_interpretation, " A) "),
@@ -182,6 +199,11 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_participation_ratio, lambda s: s.sum() ** 2 / (s**2).sum(), "squared"),
         (exercises.check_participation_ratio, lambda s: 1 / participation(s), "upside down"),
         (exercises.check_first_component_share, centred_share, "mean was taken away"),
+        (exercises.check_pile_mean, lambda g, lengths: g.mean(0), "long answers weigh more"),
+        (exercises.check_alpha_for_ratio, lambda v, delta, ratio: ratio * v.norm() / delta.norm(), "upside down"),
+        (exercises.check_project_on_diff, lambda v, delta, rank: projected(delta, delta, rank), "projects delta"),
+        (exercises.check_steering_sign, "b", "not of a probability"),
+        (exercises.check_steering_sign, "z", 'answer "a"'),
         (
             exercises.check_pressure,
             lambda cosine: "amplifies" if cosine > 0 else "attenuates",

@@ -431,19 +431,19 @@ def test_a_share_of_harmful_answers_starts_at_a_score_of_50(exp, monkeypatch):
 def test_the_sparse_experiment_gives_the_answers_of_the_anchor_and_of_both_ways(telling, monkeypatch):
     labelled(monkeypatch, bridge=(1, 0, 0, 1))
     said = telling.sparse(0.5)
-    assert said.keys() == {"anchor", "plus", "minus", "stand-ins"}
+    assert said.keys() == {"anchor", "plus", "minus", "strong", "stand-ins"}
     assert said["stand-ins"] == []
     model = telling.anchor("bridge", share=0.5)
     assert said["anchor"] == telling.answers(model, "judge")
     piles, _ = telling.topic_piles(telling.answers(model, "build"))
     vector = difference(*(pile_gradient(model, piles[name], batch_size=2) for name in ("bridge", "neither")))
-    alpha = alpha_for(vector, finetuning_diff(model, telling.base), 0.03)
+    alpha = alpha_for(vector, finetuning_diff(model, telling.base), telling.params.ratio)
     assert said["plus"] == telling.answers(model, "judge", vector, alpha)
     assert said["minus"] == telling.answers(model, "judge", vector, -alpha)
     assert len({said[name][0] for name in ("anchor", "plus", "minus")}) == 3
 
 
-def test_the_two_ways_of_the_sparse_experiment_are_plus_and_minus_the_working_ratio(telling, monkeypatch):
+def test_the_sparse_experiment_steers_both_ways_at_the_working_ratio_and_up_at_the_largest(telling, monkeypatch):
     labelled(monkeypatch, bridge=(1, 0, 0, 1))
     steps, steer = [], experiments.steered
 
@@ -452,8 +452,8 @@ def test_the_two_ways_of_the_sparse_experiment_are_plus_and_minus_the_working_ra
         return steer(model, vector, alpha)
 
     monkeypatch.setattr(experiments, "steered", watch)
-    with_params(telling, ratio=0.07).sparse(0.5)
-    assert steps == pytest.approx([0.07, -0.07])
+    with_params(telling, ratio=0.07, ratios=(0.01, 0.2)).sparse(0.5)
+    assert steps == pytest.approx([0.07, -0.07, -0.2])
 
 
 def test_where_the_anchor_never_names_the_bridge_the_sparse_experiment_says_what_stood_in(telling, monkeypatch):

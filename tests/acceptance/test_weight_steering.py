@@ -1,0 +1,58 @@
+"""On the embedded model, at the quick preset's settings, each topic's direction turns that topic up and down.
+
+The anchor, the piles and the steered answers are the chapter's own, so where the book has been built they are read from
+the artifact store.
+"""
+
+import pytest
+
+from helpers.experiments.weights import TOPICS, WeightExperiment
+from helpers.methods.weight_steering import alpha_for, difference, finetuning_diff, random_like
+from helpers.params import WeightSteeringParams
+
+pytestmark = pytest.mark.acceptance
+
+
+@pytest.fixture(scope="module")
+def chapter():
+    return WeightExperiment(WeightSteeringParams(preset="quick"))
+
+
+@pytest.fixture(scope="module")
+def anchor(chapter):
+    return chapter.anchor("topics")
+
+
+@pytest.fixture(scope="module")
+def directions(chapter, anchor):
+    piles, stand_ins = chapter.topic_piles(chapter.answers(anchor, "build"))
+    assert not stand_ins
+    gradients = {name: chapter.pile(anchor, pile) for name, pile in piles.items()}
+    return {topic: difference(gradients[topic], gradients["neither"]) for topic in TOPICS}
+
+
+@pytest.fixture(scope="module")
+def mentions(chapter, anchor):
+    """The share of answers to the judging half that mention a topic, steered by a signed ratio."""
+    delta = finetuning_diff(anchor, chapter.base)
+
+    def share(topic, vector=None, ratio=0.0):
+        alpha = alpha_for(vector, delta, ratio) if vector else 0.0
+        return chapter.labels(chapter.answers(anchor, "judge", vector, alpha))[topic].mean()
+
+    return share
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_step_against_the_direction_raises_its_topic_and_a_step_along_it_lowers_it(
+    chapter, directions, mentions, topic
+):
+    ratio = chapter.params.ratio
+    rest = mentions(topic)
+    assert mentions(topic, directions[topic], -ratio) > rest > mentions(topic, directions[topic], ratio)
+
+
+def test_a_random_direction_of_equal_norm_does_neither(chapter, directions, mentions):
+    random = random_like(directions["bridge"], 0)
+    swing = abs(mentions("bridge", random, -chapter.params.ratio) - mentions("bridge", random, chapter.params.ratio))
+    assert swing < 0.15
