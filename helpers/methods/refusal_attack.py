@@ -278,13 +278,18 @@ class _Scorer:
         self.before = self.harmless.last_logits(model, ablating(self.ablated)).log_softmax(-1)
 
     @torch.no_grad()
-    def score(self, layer: int, raw: Float[Tensor, " d_model"]) -> tuple[float, float, float]:
+    def score(
+        self, layer: int, raw: Float[Tensor, " d_model"], up_to: float = float("inf")
+    ) -> tuple[float, float, float]:
+        """Log-odds, KL and induce; the last is NaN where the KL exceeds `up_to`, since it decides nothing there."""
         raw = raw.float().cpu()
         wider = torch.cat([self.ablated, unit(raw)[None]])
         logits = self.both.last_logits(self.model, ablating(wider))
         log_odds = refusal_log_odds(logits[: self.harmful], self.refusal_ids).mean()
         after = logits[self.harmful :].log_softmax(-1)
         kl = torch.nn.functional.kl_div(after, self.before, log_target=True, reduction="batchmean")
+        if kl > up_to:
+            return float(log_odds), float(kl), float("nan")
         steer = Steer(layer, raw, 1.0)
         added = self.harmless.last_logits(self.model, (*ablating(self.ablated), steer))
         return float(log_odds), float(kl), float(refusal_log_odds(added, self.refusal_ids).mean())
@@ -326,7 +331,7 @@ class Screening:
     keep `exact` of them. `samples` tokens a prompt estimate the predicted KL.
     """
 
-    wide: int = 18
+    wide: int = 30
     exact: int = 6
     share: float = 0.25
     samples: int = 2
@@ -347,7 +352,8 @@ def score_by_screening(
 ) -> Scores:
     """Scores of the most promising candidates only, each exactly that of `score_exhaustively`; NaN for the others.
 
-    If none of the `exact` best passes the filters, the next `exact` are scored too. Raises as `score_exhaustively`.
+    If none of the `exact` best passes the filters, the next `exact` are scored too, unless no rough score came within
+    twice the limit of the KL. Raises as `score_exhaustively`.
     """
     screening = screening or Screening()
     some_harmful, some_harmless = (_some(prompts, screening.share) for prompts in (harmful, harmless))
@@ -364,18 +370,20 @@ def score_by_screening(
     )
     order = ranking(predicted, kl_limit)[: max(screening.wide, screening.exact)]
     fewer = len(some_harmful) + len(some_harmless) < len(harmful) + len(harmless)
+    hopeful = True
     if len(order) > screening.exact and fewer:
         scorer = _Scorer(model, some_harmful, some_harmless, refusal_ids, ablated, batch_size)
         roughly = Scores.none(*candidates.shape[:2])
         for i, j in order:
-            roughly.put((i, j), scorer.score(layers[i], candidates[i, j]))
+            roughly.put((i, j), scorer.score(layers[i], candidates[i, j], up_to=2 * kl_limit))
         order = ranking(roughly, kl_limit)
+        hopeful = bool(roughly.passing(2 * kl_limit).any())
     scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
     scores = Scores.none(*candidates.shape[:2])
     for start in (0, screening.exact):
         for i, j in order[start : start + screening.exact]:
             scores.put((i, j), scorer.score(layers[i], candidates[i, j]))
-        if bool(scores.passing(kl_limit).any()):
+        if bool(scores.passing(kl_limit).any()) or not hopeful:
             break
     return scores
 

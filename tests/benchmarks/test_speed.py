@@ -345,6 +345,13 @@ def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_tim
         ratio=round(ratio, 2),
         choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
     )
+    sums = scores["exhaustive"].log_odds + scores["exhaustive"].kl
+    places = {name: (c.layer, c.position) for name, c in choices.items()}
+    report(
+        benchmark,
+        log_odds_plus_kl={name: round(float(sums[place]), 3) for name, place in places.items()},
+        of_all={"least": round(float(sums.min()), 3), "median": round(float(sums.median()), 3)},
+    )
     for name in ("log_odds", "kl", "induce"):
         one, other = (getattr(scores[which], name)[kept] for which in ("screened", "exhaustive"))
         torch.testing.assert_close(one, other)

@@ -300,10 +300,20 @@ def test_screening_chooses_the_planted_candidate_as_scoring_all_does(tiny, promp
     assert choose(screened, 1.0) == chosen
     assert (chosen.layer, chosen.position, chosen.fallback) == (1, 13, fallback)
     kept = screened.scored
-    assert int(kept.sum()) == (6 if fallback else 3)
+    assert int(kept.sum()) == 3
     for name in ("log_odds", "kl", "induce"):
         assert torch.equal(getattr(screened, name)[kept], getattr(every, name)[kept])
         assert getattr(screened, name)[~kept].isnan().all()
+
+
+def test_if_none_of_the_best_passes_the_next_best_are_scored_too(tiny, prompts, planted):
+    raw, tokens, _ = planted
+    settings = {"refusal_ids": tokens, "layers": BOTH}
+    all_of_them = Screening(wide=8, exact=3, share=1.0)
+    for limit, count in ((-1.0, 6), (10.0, 6 if len(tokens) == 1 else 3)):
+        scores = score_by_screening(tiny, raw, *prompts, **settings, screening=all_of_them, kl_limit=limit)
+        assert int(scores.scored.sum()) == count
+        assert not scores.induce[scores.scored].isnan().any()
 
 
 def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, planted, monkeypatch):
