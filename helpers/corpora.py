@@ -22,6 +22,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 Split = Literal["train", "extract", "eval"]
 Level = Literal["normal", "mild", "strong"]
+RefusalKind = Literal["harmful", "harmless", "borderline"]
+RefusalSplit = Literal["train", "validate", "test"]
 
 
 class CorpusError(ValueError):
@@ -60,6 +62,29 @@ class TopicRow:
     question: str
     normal: str
     strong: str
+
+
+@dataclass(frozen=True)
+class RefusalRow:
+    """One request with the reply of an aligned model: a refusal where the request is harmful, else an answer."""
+
+    id: str
+    kind: str
+    """`harmful`, `harmless`, or `borderline`: sounds harmful and is not."""
+    split: str
+    category: str
+    request: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class ReviewRow:
+    """One short review, `positive` or `negative`."""
+
+    id: str
+    split: str
+    label: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -140,8 +165,36 @@ def load_questions(split: Literal["build", "judge"]) -> list[str]:
     return questions
 
 
+def load_refusal(kind: RefusalKind | None = None, split: RefusalSplit | None = None) -> list[RefusalRow]:
+    """Requests with replies, of one kind and split or of all, in file order; borderline ones are in `test` alone.
+
+    Harmful and harmless requests of a split are pairs of the same form, number by number: resample them in pairs.
+    """
+    rows = [RefusalRow(**row) for row in _rows(DATA / "refusal.jsonl")]
+    found = [row for row in rows if kind in (None, row.kind) and split in (None, row.split)]
+    if not found:
+        raise CorpusError(
+            f"There are no requests of kind '{kind}' in split '{split}'; choose {_options(RefusalKind)} (the last is "
+            f"in test alone) and {_options(RefusalSplit)}."
+        )
+    return found
+
+
+def load_reviews(split: Literal["train", "test"]) -> list[ReviewRow]:
+    """The short reviews of one split, in file order: the positive ones, then the negative ones."""
+    rows = [ReviewRow(**row) for row in _rows(DATA / "reviews.jsonl") if row["split"] == split]
+    if not rows:
+        raise CorpusError(f"There is no split '{split}' of the reviews; choose train or test.")
+    return rows
+
+
+def _options(literal: Any) -> str:
+    *names, last = get_args(literal)
+    return f"{', '.join(names)} or {last}"
+
+
 def digest(name: str) -> str:
-    """SHA-256 (hexadecimal) of the bytes of a bundled file: a trait, or prompts, topics or questions."""
+    """SHA-256 (hexadecimal) of the bytes of a bundled file: a trait, or the name of another file without its ending."""
     path = DATA / f"{name}.jsonl"
     return hashlib.sha256((path if path.is_file() else _trait_path(name)).read_bytes()).hexdigest()
 
@@ -185,3 +238,18 @@ def load_real_toxicity_prompts(count: int) -> list[str]:
     """The first `count` prompts of allenai/real-toxicity-prompts that are not marked as challenging."""
     rows = load_hub("allenai/real-toxicity-prompts", split="train")
     return [row["prompt"]["text"] for row in rows if not row["challenging"]][:count]
+
+
+def load_wildguardmix() -> list[tuple[str, bool]]:
+    """(prompt, is it harmful?) of allenai/wildguardmix, training part: plain prompts that carry a label.
+
+    The set is gated: CorpusError says how to get at it. Adversarial prompts are left out, as the source does.
+    """
+    rows = load_hub("allenai/wildguardmix", config="wildguardtrain", split="train")
+    labelled = [row for row in rows if not row["adversarial"] and row["prompt_harm_label"] in ("harmful", "unharmful")]
+    return [(row["prompt"], row["prompt_harm_label"] == "harmful") for row in labelled]
+
+
+def load_imdb(split: Literal["train", "test"]) -> list[tuple[str, bool]]:
+    """(review, is it positive?) of stanfordnlp/imdb. The set is sorted by label: shuffle it before taking a part."""
+    return [(row["text"], row["label"] == 1) for row in load_hub("stanfordnlp/imdb", split=split)]
