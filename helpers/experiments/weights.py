@@ -27,7 +27,7 @@ from helpers.gradients import pile_gradient
 from helpers.judges import APIJudge, TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.methods.weight_steering import WeightVector, alpha_for, check_alpha, difference, finetuning_diff, steered
-from helpers.models import Model, load
+from helpers.models import Model, load, release_memory
 from helpers.params import WeightSteeringParams
 from helpers.training import finetune
 
@@ -118,6 +118,7 @@ class WeightExperiment:
             uses=["training", "chat"],
             model=self.base.digest,
         )
+        release_memory()
         return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=[artifact.tensors])
 
     def _finetune(self, data: Data, share: float | None, seed: int) -> Model:
@@ -158,7 +159,9 @@ class WeightExperiment:
     ) -> list[str]:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             with steered(model, vector, alpha) if vector else nullcontext():
-                return {}, {"what": what, "answers": self._generate(model, questions)}
+                said = self._generate(model, questions)
+            release_memory()
+            return {}, {"what": what, "answers": said}
 
         artifact = self.store.get(
             "steered-answers",
@@ -263,7 +266,10 @@ class WeightExperiment:
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = pile_gradient(model, examples, loss=losses, batch_size=self.params.batch_size)
-            return {name: gradient.bfloat16() for name, gradient in found.items()}, {"examples": len(examples)}
+            halved = {name: gradient.bfloat16() for name, gradient in found.items()}
+            del found
+            release_memory()
+            return halved, {"examples": len(examples)}
 
         artifact = self.store.get(
             "pile-gradient",
@@ -301,7 +307,9 @@ class WeightExperiment:
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             with steered(model, vector, alpha) if vector else nullcontext():
-                return {"losses": evaluate_losses(model, list(examples), batch_size=64)}, {}
+                found = evaluate_losses(model, list(examples), batch_size=64)
+            release_memory()
+            return {"losses": found}, {}
 
         artifact = self.store.get(
             "steered-losses",

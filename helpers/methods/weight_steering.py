@@ -88,7 +88,7 @@ def cosine(a: WeightVector, b: WeightVector) -> float:
 def dot(a: WeightVector, b: Mapping[str, Tensor]) -> float:
     """Inner product over all weights. With a pile's gradient G, alpha <V, G> is the first-order change of its loss."""
     _same_architecture(a.tensors, b)
-    return sum(float(torch.dot(t.flatten(), b[name].flatten().to(t))) for name, t in a.tensors.items())
+    return sum(float(torch.linalg.vecdot(t, b[name].to(t)).sum(dtype=torch.float64)) for name, t in a.tensors.items())
 
 
 def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
