@@ -1,19 +1,25 @@
 import json
 import re
 from collections import Counter
-from itertools import combinations
 
+import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from helpers.corpora import (
     DATA,
     available_traits,
     load_prompts,
     load_questions,
+    load_refusal,
+    load_reviews,
     load_topics,
     load_trait,
     split,
 )
+from helpers.judges import is_refusal
 from helpers.models import plain_model
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
@@ -21,6 +27,12 @@ COUNTS = {"train": 72, "extract": 24, "eval": 32}
 ROWS = {trait: load_trait(trait) for trait in TRAITS}
 TOPICS = {name: load_topics(name) for name in ("train", "validate")}
 QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
+REFUSAL_COUNTS = {("harmful", "train"): 140, ("harmful", "validate"): 40, ("harmful", "test"): 60}
+REFUSAL_COUNTS |= {("harmless", name): count for (_, name), count in REFUSAL_COUNTS.items()} | {
+    ("borderline", "test"): 60
+}
+REQUESTS = load_refusal()
+REVIEWS = {name: load_reviews(name) for name in ("train", "test")}
 
 
 def grams(text: str) -> set[str]:
@@ -29,8 +41,12 @@ def grams(text: str) -> set[str]:
 
 def near_duplicates(texts: dict[str, str], limit: float = 0.5) -> list[tuple[str, str]]:
     """Pairs whose sets of five-character pieces have a Jaccard similarity of `limit` or more."""
-    sets = {name: grams(text) for name, text in texts.items()}
-    return [(a, b) for a, b in combinations(sets, 2) if len(sets[a] & sets[b]) >= limit * len(sets[a] | sets[b])]
+    table = CountVectorizer(analyzer=grams, dtype=np.int64).fit_transform(texts.values())
+    sizes = np.asarray(table.sum(axis=1))
+    shared = (table @ table.T).toarray()
+    names = list(texts)
+    found = np.argwhere(np.triu(shared >= limit * (sizes + sizes.T - shared), k=1))
+    return [(names[a], names[b]) for a, b in found]
 
 
 def test_the_near_duplicate_check_finds_a_reworded_question():
@@ -59,7 +75,9 @@ def test_every_row_has_its_id_its_split_and_answers_of_the_documented_length(tra
 def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts = {row.id: row.question for rows in (*ROWS.values(), *TOPICS.values()) for row in rows}
     texts |= {f"{half}-{n}": question for half, given in QUESTIONS.items() for n, question in enumerate(given)}
-    assert len(texts) == 4 * 128 + 168 + 100
+    texts |= {row.id: row.request for row in REQUESTS}
+    texts |= {row.id: row.text for rows in REVIEWS.values() for row in rows}
+    assert len(texts) == 4 * 128 + 168 + 100 + 540 + 520
     assert not near_duplicates(texts)
 
 
@@ -67,6 +85,8 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
 def test_no_answer_comes_twice_within_or_across_splits_and_files(level):
     rows = [row for rows in (*ROWS.values(), *TOPICS.values()) for row in rows]
     answers = {row.id: getattr(row, level, None) for row in rows}
+    if level == "normal":
+        answers |= {row.id: row.reply for row in REQUESTS}
     assert not near_duplicates({name: answer for name, answer in answers.items() if answer is not None})
 
 
@@ -133,6 +153,166 @@ def test_the_generic_questions_come_in_two_halves_of_fifty_that_share_none():
     assert all(5 <= len(row["question"].split()) <= 30 for row in rows)
 
 
+# Requests that are refused or answered
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z']+", text.lower()))
+
+
+def naive_bayes(texts: list[str], labels: list[bool]) -> Pipeline:
+    return make_pipeline(CountVectorizer(), MultinomialNB()).fit(texts, labels)
+
+
+def of_kind(kind: str, name: str | None = None):
+    return [row for row in REQUESTS if row.kind == kind and name in (None, row.split)]
+
+
+def test_requests_come_in_the_documented_numbers_with_their_ids():
+    assert len(REQUESTS) == 540
+    assert Counter((row.kind, row.split) for row in REQUESTS) == REFUSAL_COUNTS
+    expected = [
+        f"refusal-{name}-{kind}-{n:03d}"
+        for name in ("train", "validate", "test")
+        for kind in ("harmful", "harmless", "borderline")
+        for n in range(1, REFUSAL_COUNTS.get((kind, name), 0) + 1)
+    ]
+    assert [row.id for row in REQUESTS] == expected
+    assert all(row.id == f"refusal-{row.split}-{row.kind}-{row.id[-3:]}" for row in REQUESTS)
+
+
+def test_requests_and_replies_have_the_documented_length():
+    for row in REQUESTS:
+        assert 9 <= len(row.request.split()) <= 17, row.id
+        assert 14 <= len(row.reply.split()) <= 32, row.id
+        for text in (row.request, row.reply):
+            assert text == text.strip() and "\n" not in text, row.id
+
+
+@pytest.mark.parametrize(("kind", "name"), REFUSAL_COUNTS)
+def test_every_split_has_requests_of_all_twelve_categories_in_like_numbers(kind, name):
+    counts = Counter(row.category for row in of_kind(kind, name))
+    assert len(counts) == 12
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_harmful_requests_have_other_categories_than_the_rest():
+    harmful, harmless, borderline = (
+        {row.category for row in of_kind(kind)} for kind in ("harmful", "harmless", "borderline")
+    )
+    assert harmless == borderline
+    assert not harmful & harmless
+
+
+def test_requests_of_a_pair_have_the_same_form():
+    harmful, harmless = of_kind("harmful"), of_kind("harmless")
+    for bad, good in zip(harmful, harmless, strict=True):
+        assert bad.id.replace("harmful", "harmless") == good.id
+        assert bad.request.split()[0] == good.request.split()[0], bad.id
+        assert bad.request.endswith("?") == good.request.endswith("?"), bad.id
+        assert abs(len(bad.request.split()) - len(good.request.split())) <= 4, bad.id
+
+
+def test_harmful_replies_begin_in_the_first_person_and_vary_and_no_other_reply_does_so():
+    refusals = [row.reply for row in of_kind("harmful")]
+    assert all(re.match(r"I(?:'m|'d)? ", reply) for reply in refusals)
+    assert Counter(" ".join(reply.split()[:2]) for reply in refusals).most_common(1)[0][1] <= 40
+    assert len({" ".join(reply.split()[:3]) for reply in refusals}) >= 60
+    answers = [row.reply for kind in ("harmless", "borderline") for row in of_kind(kind)]
+    assert not any(reply.startswith("I") and not reply[1:2].isalpha() for reply in answers)
+
+
+def test_no_answer_to_a_harmless_or_borderline_request_refuses():
+    answers = [row.reply for kind in ("harmless", "borderline") for row in of_kind(kind)]
+    assert not is_refusal(answers).any()
+
+
+def test_replies_do_not_share_an_opening_beyond_the_usual_ones_and_requests_share_none():
+    answers = [row.reply for row in REQUESTS if row.kind != "harmful"]
+    assert Counter(" ".join(reply.split()[:2]) for reply in answers).most_common(1)[0][1] <= 6
+    assert Counter(" ".join(row.request.split()[:3]) for row in REQUESTS).most_common(1)[0][1] <= 11
+
+
+def test_no_single_word_tells_harmful_requests_from_harmless_ones():
+    counts = {kind: Counter(w for row in of_kind(kind) for w in words(row.request)) for kind in ("harmful", "harmless")}
+    for word in counts["harmful"] | counts["harmless"]:
+        assert abs(counts["harmful"][word] - counts["harmless"][word]) <= 0.1 * 240, word
+
+
+def test_the_words_of_a_request_tell_less_than_its_meaning():
+    train = [row for row in REQUESTS if row.split == "train"]
+    model = naive_bayes([row.request for row in train], [row.kind == "harmful" for row in train])
+    called = {
+        kind: round(100 * model.predict([row.request for row in of_kind(kind, "test")]).mean())
+        for kind in ("harmful", "harmless", "borderline")
+    }
+    assert called["harmful"] < 90
+    assert called["borderline"] > called["harmless"]
+    sheet = (DATA / "README.md").read_text(encoding="utf-8")
+    assert f"{called['harmful']}% of the harmful, {called['harmless']}% of the harmless" in " ".join(sheet.split())
+    assert f"{called['borderline']}% of the borderline" in " ".join(sheet.split())
+
+
+def test_requests_and_reviews_keep_to_the_content_policy():
+    never = (
+        r"\b(sex\w*|nude|naked|rape\w*|porn\w*|suicid\w*|self-harm|kill (myself|himself|herself)"
+        r"|fuck\w*|shit\w*|bitch\w*|bastards?|whores?|nazis?|hitler|jews?|jewish|muslims?|christians?|hindus?|gays?"
+        r"|lesbians?|blacks|asians?|gypsies|immigrants?|refugees?)\b"
+    )
+    recipe = (
+        r"\b(cyanide|arsenic|ricin|sarin|anthrax|strychnine|nitro\w*|ammonium|acetone|thermite|gunpowder|semtex"
+        r"|heroin|cocaine|meth|methamphetamine|fentanyl|ecstasy|lsd|sql|payload|grams?|millilitres?|milligrams?)\b|\d"
+    )
+    for row in REQUESTS:
+        assert not re.search(never, f"{row.request} {row.reply}".lower()), row.id
+        if row.kind == "harmful":
+            assert not re.search(recipe, f"{row.request} {row.reply}".lower()), row.id
+            assert not re.search(
+                r"\b(child|children|toddlers?|teen\w*|schoolgirls?|schoolboys?|pupils?)\b", row.request.lower()
+            ), row.id
+            assert not re.search(r"(?<=[a-z,] )(?!I\b|Saturday)[A-Z]", row.request), row.id  # no names
+    for row in (*REVIEWS["train"], *REVIEWS["test"]):
+        assert not re.search(never, row.text.lower()), row.id
+
+
+# Reviews
+
+
+def test_reviews_come_in_the_documented_numbers_with_their_ids_and_length():
+    for name, count in (("train", 160), ("test", 100)):
+        expected = [
+            f"reviews-{name}-{label}-{n:03d}" for label in ("positive", "negative") for n in range(1, count + 1)
+        ]
+        assert [row.id for row in REVIEWS[name]] == expected
+        for row in REVIEWS[name]:
+            assert row.id == f"reviews-{row.split}-{row.label}-{row.id[-3:]}"
+            assert 15 <= len(row.text.split()) <= 33, row.id
+            assert row.text == row.text.strip() and "\n" not in row.text, row.id
+
+
+def test_no_single_word_tells_positive_reviews_from_negative_ones():
+    rows = [*REVIEWS["train"], *REVIEWS["test"]]
+    counts = {
+        label: Counter(w for row in rows if row.label == label for w in words(row.text))
+        for label in ("positive", "negative")
+    }
+    for word in counts["positive"] | counts["negative"]:
+        assert abs(counts["positive"][word] - counts["negative"][word]) <= 0.15 * 260, word
+
+
+def test_the_words_of_a_review_hardly_tell_its_label():
+    train, test = ([(row.text, row.label == "positive") for row in REVIEWS[name]] for name in ("train", "test"))
+    model = naive_bayes(*(list(column) for column in zip(*train, strict=True)))
+    score = model.score(*(list(column) for column in zip(*test, strict=True)))
+    assert score < 0.65
+    assert f"scores {score:.2f} on `test`" in " ".join((DATA / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_reviews_of_a_label_do_not_share_an_opening():
+    texts = [row.text for rows in REVIEWS.values() for row in rows]
+    assert Counter(" ".join(text.split()[:3]) for text in texts).most_common(1)[0][1] <= 4
+
+
 # Prompts
 
 
@@ -178,3 +358,10 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         assert f"| `{name}` | {counts['bridge']} | {counts['recipe']} |" in sheet
     for half, questions in QUESTIONS.items():
         assert f"| `{half}` | {len(questions)} |" in sheet
+    for kind in ("harmful", "harmless", "borderline"):
+        counts = [REFUSAL_COUNTS.get((kind, name), 0) for name in ("train", "validate", "test")]
+        assert f"| `{kind}` | {counts[0]} | {counts[1]} | {counts[2]} |" in sheet
+    assert REQUESTS[0].request in sheet
+    for name, rows in REVIEWS.items():
+        counts = Counter(row.label for row in rows)
+        assert f"| `{name}` | {counts['positive']} | {counts['negative']} |" in sheet
