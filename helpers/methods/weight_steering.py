@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,26 @@ def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
     if not vector.norm > 0:
         raise ValueError("This direction is zero everywhere: no strength reaches a ratio other than 0.")
     return ratio * diff.norm / vector.norm
+
+
+def alpha_for_change(
+    change: Callable[[float], float], wanted: float, guess: float, *, tolerance: float = 0.1, steps: int = 8
+) -> float:
+    """The alpha > 0 at which `change(alpha)` is `wanted` > 0, within a relative tolerance: bracketed, then bisected.
+
+    `guess` is where to begin, such as first order's `wanted / <V, G>`. Gives the last alpha tried if `steps` do not do.
+    """
+    low, high, alpha = 0.0, math.inf, guess
+    for _ in range(steps):
+        found = change(alpha)
+        if abs(found / wanted - 1) < tolerance:
+            break
+        low, high = (alpha, high) if found < wanted else (low, alpha)
+        if low > 0 and math.isfinite(high):
+            alpha = math.sqrt(low * high)
+        else:
+            alpha *= min(max(wanted / found, 0.5), 2.0) if found > 0 else 2.0
+    return alpha
 
 
 def check_alpha(alpha: float) -> float:

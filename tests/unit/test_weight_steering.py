@@ -11,6 +11,7 @@ from helpers.losses import evaluate_losses
 from helpers.methods.weight_steering import (
     WeightVector,
     alpha_for,
+    alpha_for_change,
     cosine,
     difference,
     dot,
@@ -506,3 +507,9 @@ def test_parameters_of_one_place_count_together(gradient):
     attention = [t.double().square().sum() for n, t in gradient.tensors.items() if ".layers.1.self_attn." in n]
     assert len(attention) == 4
     assert found[1, "attention"] == pytest.approx(float(sum(attention)) ** 0.5)
+
+
+@pytest.mark.parametrize("guess", [0.01, 1.0, 40.0])
+def test_the_alpha_for_a_change_is_found_from_guesses_that_are_too_small_or_too_large(guess):
+    assert alpha_for_change(lambda a: a**3, 8.0, guess, steps=30) == pytest.approx(2.0, rel=0.04)
+    assert alpha_for_change(lambda a: a**2 - 0.5 * a, 3.0, guess, steps=30) == pytest.approx(2.0, rel=0.1)
