@@ -7,38 +7,65 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from helpers.chat import Batch, Example, batches
 from helpers.interventions import Intervention, applied
 from helpers.models import Model
 
+WORTH_SHARING = 8
+"""Fewer tokens than this are not worth a pass of their own."""
 
-def token_losses(model: Model, batch: Batch) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
+
+def token_losses(
+    model: Model, batch: Batch, *, share_prefix: bool = False
+) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
     """Cross-entropy in nats of every response token, and the row of the batch that each belongs to.
 
     The vocabulary is most of a small model's output cost, so hidden states are selected before they meet it.
     """
     batch = batch.to(model.device)
-    logits = response_logits(model, batch)
+    logits = response_logits(model, batch, share_prefix=share_prefix)
     losses = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none")
     return losses, batch.predicting.nonzero()[:, 0]
 
 
-def response_logits(model: Model, batch: Batch) -> Float[Tensor, "token vocabulary"]:
-    """Float32 logits at the positions that predict a response token, row after row of the batch."""
+def response_logits(model: Model, batch: Batch, *, share_prefix: bool = False) -> Float[Tensor, "token vocabulary"]:
+    """Float32 logits at the positions that predict a response token, row after row of the batch.
+
+    With `share_prefix`, what all rows begin with (a system message) is read once and its keys and values are shared,
+    which differs from reading it in every row by rounding alone. Not while a hook is on: a hook expects whole rows.
+    """
     batch = batch.to(model.device)
+    shared = _shared_prefix(model, batch) if share_prefix else 0
+    read = model.hf.base_model
+    inputs = {"input_ids": batch.ids[:, shared:], "attention_mask": batch.attention.long(), "use_cache": False}
     with model.reading(batch), model.autocast():
-        hidden = model.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
-        logits = model.hf.get_output_embeddings()(hidden[batch.predicting])
+        if shared:
+            cache = DynamicCache(config=model.hf.config)
+            read(input_ids=batch.ids[:1, :shared], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(batch.rows))
+            inputs |= {"past_key_values": cache, "use_cache": True}
+        hidden = read(**inputs)[0]
+        logits = model.hf.get_output_embeddings()(hidden[batch.predicting[:, shared:]])
         cap = getattr(model.hf.config, "final_logit_softcapping", None)
         if cap:
             logits = cap * torch.tanh(logits / cap)
     return logits.float()
 
 
+def _shared_prefix(model: Model, batch: Batch) -> int:
+    """How many tokens all rows begin with, up to the first that predicts a response; 0 where sharing does not pay."""
+    if len(batch.rows) < 2 or any(point.has_hooks() for point in model.bridge.hook_dict.values()):
+        return 0
+    alike = ((batch.ids == batch.ids[0]) & batch.attention & ~batch.predicting).all(0)
+    length = int(alike.cumprod(0).sum())
+    return length if length >= WORTH_SHARING else 0
+
+
 def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
     """Mean cross-entropy over each sequence's response tokens, in nats."""
-    return _sequence_means(token_losses(model, batch)[0], batch)
+    return _sequence_means(token_losses(model, batch, share_prefix=True)[0], batch)
 
 
 def _sequence_means(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:
@@ -54,8 +81,8 @@ def sequence_divergences(model: Model, batch: Batch, reference: Model) -> Float[
     """
     batch = batch.to(model.device)
     with torch.no_grad():
-        target = response_logits(reference, batch).log_softmax(-1)
-    found = response_logits(model, batch).log_softmax(-1)
+        target = response_logits(reference, batch, share_prefix=True).log_softmax(-1)
+    found = response_logits(model, batch, share_prefix=True).log_softmax(-1)
     kl = torch.nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(-1)
     return _sequence_means(kl, batch)
 

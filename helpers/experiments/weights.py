@@ -257,15 +257,17 @@ class WeightExperiment:
         examples: Sequence[Example],
         *,
         loss: Literal["cross-entropy", "KL"] = "cross-entropy",
+        batch_size: int = 32,
     ) -> Mapping[str, Tensor]:
         """The pile-average gradient at `model`; "KL" is that of KL(base || model).
 
+        Whole sequences and divergences take several times the memory of responses: choose smaller batches there.
         Stored in bfloat16, which halves the disk it takes and whose rounding is that of the forward pass.
         """
         losses = sequence_losses if loss == "cross-entropy" else partial(sequence_divergences, reference=self.base)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            found = pile_gradient(model, examples, loss=losses, batch_size=self.params.batch_size)
+            found = pile_gradient(model, examples, loss=losses, batch_size=batch_size)
             halved = {name: gradient.bfloat16() for name, gradient in found.items()}
             del found
             release_memory()
@@ -278,7 +280,7 @@ class WeightExperiment:
                 "examples": _digest(examples),
                 "loss": loss,
                 "reference": self.base.digest if loss == "KL" else None,
-                "batch_size": self.params.batch_size,
+                "batch_size": batch_size,
                 **self._precision(),
             },
             uses=["gradients"],
@@ -308,7 +310,6 @@ class WeightExperiment:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             with steered(model, vector, alpha) if vector else nullcontext():
                 found = evaluate_losses(model, list(examples), batch_size=64)
-            release_memory()
             return {"losses": found}, {}
 
         artifact = self.store.get(
@@ -335,7 +336,7 @@ class WeightExperiment:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             model = self.anchor("bridge", share=share, keep=False)
             piles, stand_ins = self.topic_piles(self._generate(model, self.questions["build"]))
-            G = {name: pile_gradient(model, piles[name], batch_size=self.params.batch_size) for name in SPARSE}
+            G = {name: pile_gradient(model, piles[name]) for name in SPARSE}
             vector = difference(*G.values())
             delta = finetuning_diff(model, self.base)
             ratios = {"plus": self.params.ratio, "minus": -self.params.ratio, "strong": -max(self.params.ratios)}

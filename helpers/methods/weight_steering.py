@@ -100,22 +100,29 @@ def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
 
 
 def alpha_for_change(
-    change: Callable[[float], float], wanted: float, guess: float, *, tolerance: float = 0.1, steps: int = 8
+    change: Callable[[float], float], wanted: float, slope: float, *, tolerance: float = 0.1, steps: int = 8
 ) -> float:
-    """The alpha > 0 at which `change(alpha)` is `wanted` > 0, within a relative tolerance: bracketed, then bisected.
+    """The alpha > 0 at which `change(alpha)` is `wanted` > 0, within a relative tolerance.
 
-    `guess` is where to begin, such as first order's `wanted / <V, G>`. Gives the last alpha tried if `steps` do not do.
+    `slope` is the change's derivative at 0, such as first order's <V, G>. From `wanted / slope` on, each next alpha is
+    where the parabola with this slope through 0 and the point last found reaches `wanted`, or between the bounds known
+    so far. Gives the last alpha tried if `steps` do not do.
     """
-    low, high, alpha = 0.0, math.inf, guess
+    low, high, alpha = 0.0, math.inf, wanted / slope
     for _ in range(steps):
         found = change(alpha)
         if abs(found / wanted - 1) < tolerance:
             break
         low, high = (alpha, high) if found < wanted else (low, alpha)
-        if low > 0 and math.isfinite(high):
+        bend = (found - slope * alpha) / alpha**2
+        square = slope**2 + 4 * bend * wanted
+        parabola = 2 * wanted / (slope + math.sqrt(square)) if square >= 0 else math.inf
+        if low < parabola < high:
+            alpha = parabola
+        elif low > 0 and math.isfinite(high):
             alpha = math.sqrt(low * high)
         else:
-            alpha *= min(max(wanted / found, 0.5), 2.0) if found > 0 else 2.0
+            alpha *= 2.0 if found < wanted else 0.5
     return alpha
 
 

@@ -39,6 +39,41 @@ def test_each_sequence_has_the_loss_that_it_has_alone(tiny, examples):
             torch.testing.assert_close(together[i], expected, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def same_start(tiny):
+    """Questions of several lengths under one system message."""
+    system = "You answer in few words, without any flourish."
+    return [encode(tiny.tokenizer, "Why?" * n, "Because." * (4 - n), system=system) for n in (1, 2, 3)]
+
+
+def test_what_all_rows_begin_with_is_read_once_and_the_losses_and_gradients_are_the_same(tiny, same_start):
+    read = []
+    hook = tiny.hf.base_model.register_forward_pre_hook(
+        lambda _, args, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    weights = [p for p in tiny.hf.parameters() if p.requires_grad]
+    try:
+        together = sequence_losses(tiny, collate(same_start, PAD))
+        one, rest = read
+        alone = [sequence_losses(tiny, collate([example], PAD))[0] for example in same_start]
+    finally:
+        hook.remove()
+    assert one[0] == 1
+    assert one[1] > 8
+    assert rest == (3, max(map(len, same_start)) - one[1])
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
+    found = torch.autograd.grad(together.sum(), weights, retain_graph=True)
+    for ours, expected in zip(found, torch.autograd.grad(sum(alone), weights), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_under_a_hook_every_row_is_read_whole(tiny, same_start):
+    seen = []
+    with tiny.bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda h, hook: seen.append(h.shape))]):
+        sequence_losses(tiny, collate(same_start, PAD))
+    assert [tuple(shape[:2]) for shape in seen] == [(3, max(map(len, same_start)))]
+
+
 def test_token_losses_are_minus_the_log_probability_of_each_response_token(tiny, examples):
     batch = collate(examples[:3], PAD)
     with torch.no_grad():

@@ -511,5 +511,12 @@ def test_parameters_of_one_place_count_together(gradient):
 
 @pytest.mark.parametrize("guess", [0.01, 1.0, 40.0])
 def test_the_alpha_for_a_change_is_found_from_guesses_that_are_too_small_or_too_large(guess):
-    assert alpha_for_change(lambda a: a**3, 8.0, guess, steps=30) == pytest.approx(2.0, rel=0.04)
-    assert alpha_for_change(lambda a: a**2 - 0.5 * a, 3.0, guess, steps=30) == pytest.approx(2.0, rel=0.1)
+    assert alpha_for_change(lambda a: a**3, 8.0, 8.0 / guess, steps=30) == pytest.approx(2.0, rel=0.04)
+    assert alpha_for_change(lambda a: a**2 - 0.5 * a, 3.0, 3.0 / guess, steps=30) == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_parabolas_alpha_is_found_at_the_second_trial():
+    tried = []
+    found = alpha_for_change(lambda a: tried.append(a) or 0.5 * a + a**2, 3.0, 0.5)
+    assert found == pytest.approx(1.5)
+    assert len(tried) == 2
