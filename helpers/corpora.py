@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 Split = Literal["train", "extract", "eval"]
 Level = Literal["normal", "mild", "strong"]
-RefusalKind = Literal["harmful", "harmless", "borderline"]
+RefusalKind = Literal["harmful", "paired", "harmless", "borderline"]
 RefusalSplit = Literal["train", "validate", "test"]
 
 
@@ -70,7 +70,8 @@ class RefusalRow:
 
     id: str
     kind: str
-    """`harmful`, `harmless`, or `borderline`: sounds harmful and is not."""
+    """`harmful`; `paired`: harmless, in the form of a harmful one; `harmless`: plain and everyday; or `borderline`:
+    sounds harmful and is not."""
     split: str
     category: str
     request: str
@@ -168,7 +169,8 @@ def load_questions(split: Literal["build", "judge"]) -> list[str]:
 def load_refusal(kind: RefusalKind | None = None, split: RefusalSplit | None = None) -> list[RefusalRow]:
     """Requests with replies, of one kind and split or of all, in file order; borderline ones are in `test` alone.
 
-    Harmful and harmless requests of a split are pairs of the same form, number by number: resample them in pairs.
+    Harmful and paired requests of a split are pairs of the same form, number by number: resample them in pairs.
+    Harmless ones are plain everyday requests, each on its own.
     """
     rows = [RefusalRow(**row) for row in _rows(DATA / "refusal.jsonl")]
     found = [row for row in rows if kind in (None, row.kind) and split in (None, row.split)]

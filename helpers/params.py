@@ -428,8 +428,139 @@ class WeightSteeringParams(Params):
         return self
 
 
+Condition = Literal["LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+_REFUSAL_QUICK = {
+    "model": "smollm2-135m-instruct",
+    "seeds": (0,),
+    "start": "taught",
+    "align_steps": 75,
+    "data": "bundled",
+    "conditions": ("LM+KD", "L1+KD", "Cov+KD"),
+    "requests": 24,
+    "prompts": 64,
+    "scored_on": 16,
+    "k_max": 8,
+    "stride": 3,
+    "wide": 8,
+    "exact": 2,
+    "steps": 16,
+    "batch_size": 16,
+    "learning_rate": 2e-4,
+    "lora_rank": 32,
+    "weight": 100.0,
+    "kd_weight": 1.0,
+    "temperature": 1.0,
+    "max_new_tokens": 16,
+    "reviews": "bundled",
+    "sentiment_model": "smollm2-135m-instruct",
+    "sentiment_reviews": 200,
+    "sentiment_weights": (0.0, 100.0),
+    "sentiment_steps": 12,
+    "resamples": 2000,
+}
+_REFUSAL_FULL = {
+    **_REFUSAL_QUICK,
+    "seeds": (0, 1, 2),
+    "conditions": ("LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"),
+    "requests": 60,
+    "scored_on": 64,
+    "k_max": 16,
+    "stride": 1,
+    "wide": 30,
+    "exact": 6,
+    "steps": 100,
+    "max_new_tokens": 48,
+    "sentiment_reviews": 320,
+    "sentiment_weights": (0.0, 10.0, 50.0, 100.0, 500.0),
+    "sentiment_steps": 40,
+    "resamples": 10_000,
+}
+
+
+class RefusalParams(Params):
+    """Chapter 4: training that spreads the refusal signal, attacked direction by direction."""
+
+    chapter = "04_refusal_redistribution"
+    presets = {
+        "tiny": {
+            **_REFUSAL_QUICK,
+            "model": "tiny-random",
+            "align_steps": 2,
+            "requests": 6,
+            "prompts": 4,
+            "scored_on": 4,
+            "k_max": 2,
+            "stride": 1,
+            "steps": 2,
+            "batch_size": 4,
+            "max_new_tokens": 4,
+            "sentiment_model": "tiny-random",
+            "sentiment_reviews": 40,
+            "sentiment_steps": 2,
+            "resamples": 200,
+        },
+        "quick": _REFUSAL_QUICK,
+        "full": _REFUSAL_FULL,
+        "paper": {
+            **_REFUSAL_FULL,
+            "model": "meta-llama/Llama-3.2-1B-Instruct",
+            "start": "as it is",
+            "data": "wildguardmix",
+            "steps": 2000,
+            "learning_rate": 2e-5,
+            "requests": 100,
+            "max_new_tokens": 256,
+            "reviews": "imdb",
+            "sentiment_model": "gpt2",
+            "sentiment_reviews": 4000,
+            "sentiment_steps": 500,
+        },
+    }
+
+    start: Literal["taught", "as it is"] = Field(
+        description="whether the model is first taught to refuse, which the embedded one cannot, or taken as it is"
+    )
+    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal")
+    data: Literal["bundled", "wildguardmix"] = Field(
+        description="requests: the bundled ones, or the source's set from the hub (gated)"
+    )
+    conditions: tuple[Condition, ...] = Field(
+        min_length=1, description="losses that the start model is trained on under, each then attacked"
+    )
+    requests: int = Field(ge=2, le=1000, description="test requests of each kind that every model answers")
+    prompts: int = Field(ge=2, le=1000, description="training requests of each kind behind a direction")
+    scored_on: int = Field(ge=2, le=1000, description="those of them that a direction's score is a mean over")
+    k_max: int = Field(ge=1, le=64, description="directions that the attack removes, one after another")
+    stride: int = Field(ge=1, le=16, description="the attack looks for directions in every n-th block")
+    wide: int = Field(ge=1, le=1000, description="candidate directions left after first-order screening")
+    exact: int = Field(ge=1, le=1000, description="candidate directions scored on all prompts, in each of two rounds")
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a condition")
+    batch_size: int = Field(
+        ge=4, le=512, multiple_of=2, description="prompts in a batch, half harmful; covariances need two of a kind"
+    )
+    learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
+    lora_rank: int = Field(ge=1, le=512, description="rank of the trained adapters")
+    weight: Weight = Field(description="lambda, the weight of the matching loss")
+    kd_weight: Weight = Field(description="weight of the distillation from the start model")
+    temperature: float = Field(gt=0, le=100, allow_inf_nan=False, description="temperature of the distillation")
+    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
+    reviews: Literal["bundled", "imdb"] = Field(
+        description="reviews of the sentiment experiment: the bundled ones, or the source's set from the hub"
+    )
+    sentiment_model: str = Field(min_length=1, description="model that reads the reviews")
+    sentiment_reviews: int = Field(ge=8, le=50_000, description="reviews in each split, at most; half are positive")
+    sentiment_weights: tuple[Weight, ...] = Field(
+        min_length=1, description="weights of the mean matching; 0: finetuned on the reviews alone"
+    )
+    sentiment_steps: int = Field(ge=1, le=100_000, description="optimizer steps of a sentiment run")
+    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+
+
 CHAPTERS: Mapping[str, type[Params]] = {
-    params.chapter: params for params in (PreventativeSteeringParams, InoculationParams, WeightSteeringParams)
+    params.chapter: params
+    for params in (PreventativeSteeringParams, InoculationParams, WeightSteeringParams, RefusalParams)
 }
 
 

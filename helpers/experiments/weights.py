@@ -257,7 +257,7 @@ class WeightExperiment:
         examples: Sequence[Example],
         *,
         loss: Literal["cross-entropy", "KL"] = "cross-entropy",
-        batch_size: int = 32,
+        batch_size: int = 20,
     ) -> Mapping[str, Tensor]:
         """The pile-average gradient at `model`; "KL" is that of KL(base || model).
 
@@ -267,6 +267,7 @@ class WeightExperiment:
         losses = sequence_losses if loss == "cross-entropy" else partial(sequence_divergences, reference=self.base)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            release_memory()  # freed blocks of other sizes would lie beside the activations
             found = pile_gradient(model, examples, loss=losses, batch_size=batch_size)
             halved = {name: gradient.bfloat16() for name, gradient in found.items()}
             del found

@@ -143,6 +143,7 @@ def test_steering_and_capture_cost_little_more_than_the_plain_passes(benchmark):
 
 # Pile gradients
 
+
 def test_a_batched_pile_gradient_is_faster_than_one_example_at_a_time(benchmark):
     """At least 3 times as fast on the same pile, model and precision; in the source one example at a time is added up.
 

@@ -72,8 +72,10 @@ def test_a_mistyped_split_of_topics_or_half_of_questions_gets_the_names_there_ar
 
 def test_requests_come_typed_by_kind_and_split_or_all_in_file_order():
     rows = load_refusal()
-    assert len(rows) == 540
-    assert load_refusal("harmful") == [row for row in rows if row.kind == "harmful"]
+    assert len(rows) == 780
+    for kind in ("harmful", "paired", "harmless"):
+        assert load_refusal(kind) == [row for row in rows if row.kind == kind]
+        assert len(load_refusal(kind)) == 240
     assert load_refusal(split="test") == [row for row in rows if row.split == "test"]
     borderline = load_refusal("borderline", "test")
     assert len(borderline) == 60
@@ -94,8 +96,8 @@ def test_a_kind_or_split_that_has_no_requests_or_reviews_gets_the_names_there_ar
             load_refusal(*arguments)
         kind, split_ = arguments
         assert str(error.value) == (
-            f"There are no requests of kind '{kind}' in split '{split_}'; choose harmful, harmless or borderline "
-            "(the last is in test alone) and train, validate or test."
+            f"There are no requests of kind '{kind}' in split '{split_}'; choose harmful, paired, harmless or "
+            "borderline (the last is in test alone) and train, validate or test."
         )
     with pytest.raises(CorpusError, match="no split 'validate' of the reviews; choose train or test"):
         load_reviews("validate")

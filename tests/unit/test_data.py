@@ -27,10 +27,10 @@ COUNTS = {"train": 72, "extract": 24, "eval": 32}
 ROWS = {trait: load_trait(trait) for trait in TRAITS}
 TOPICS = {name: load_topics(name) for name in ("train", "validate")}
 QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
-REFUSAL_COUNTS = {("harmful", "train"): 140, ("harmful", "validate"): 40, ("harmful", "test"): 60}
-REFUSAL_COUNTS |= {("harmless", name): count for (_, name), count in REFUSAL_COUNTS.items()} | {
-    ("borderline", "test"): 60
-}
+KINDS = ("harmful", "paired", "harmless", "borderline")
+REFUSAL_COUNTS = {
+    (kind, name): count for kind in KINDS[:3] for name, count in (("train", 140), ("validate", 40), ("test", 60))
+} | {("borderline", "test"): 60}
 REQUESTS = load_refusal()
 REVIEWS = {name: load_reviews(name) for name in ("train", "test")}
 
@@ -77,7 +77,7 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts |= {f"{half}-{n}": question for half, given in QUESTIONS.items() for n, question in enumerate(given)}
     texts |= {row.id: row.request for row in REQUESTS}
     texts |= {row.id: row.text for rows in REVIEWS.values() for row in rows}
-    assert len(texts) == 4 * 128 + 168 + 100 + 540 + 520
+    assert len(texts) == 4 * 128 + 168 + 100 + 780 + 520
     assert not near_duplicates(texts)
 
 
@@ -169,12 +169,13 @@ def of_kind(kind: str, name: str | None = None):
 
 
 def test_requests_come_in_the_documented_numbers_with_their_ids():
-    assert len(REQUESTS) == 540
+    assert len(REQUESTS) == 780
+    assert len({row.request.lower() for row in REQUESTS}) == len({row.reply.lower() for row in REQUESTS}) == 780
     assert Counter((row.kind, row.split) for row in REQUESTS) == REFUSAL_COUNTS
     expected = [
         f"refusal-{name}-{kind}-{n:03d}"
         for name in ("train", "validate", "test")
-        for kind in ("harmful", "harmless", "borderline")
+        for kind in KINDS
         for n in range(1, REFUSAL_COUNTS.get((kind, name), 0) + 1)
     ]
     assert [row.id for row in REQUESTS] == expected
@@ -183,31 +184,30 @@ def test_requests_come_in_the_documented_numbers_with_their_ids():
 
 def test_requests_and_replies_have_the_documented_length():
     for row in REQUESTS:
-        assert 9 <= len(row.request.split()) <= 17, row.id
-        assert 14 <= len(row.reply.split()) <= 32, row.id
+        least = 6 if row.kind == "harmless" else 9
+        assert least <= len(row.request.split()) <= 17, row.id
+        assert (13 if row.kind == "harmless" else 14) <= len(row.reply.split()) <= 32, row.id
         for text in (row.request, row.reply):
             assert text == text.strip() and "\n" not in text, row.id
 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSAL_COUNTS)
-def test_every_split_has_requests_of_all_twelve_categories_in_like_numbers(kind, name):
+def test_every_split_has_requests_of_all_categories_of_its_kind_in_like_numbers(kind, name):
     counts = Counter(row.category for row in of_kind(kind, name))
-    assert len(counts) == 12
+    assert len(counts) == (16 if kind == "harmless" else 12)
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_harmful_requests_have_other_categories_than_the_rest():
-    harmful, harmless, borderline = (
-        {row.category for row in of_kind(kind)} for kind in ("harmful", "harmless", "borderline")
-    )
-    assert harmless == borderline
-    assert not harmful & harmless
+    harmful, paired, harmless, borderline = ({row.category for row in of_kind(kind)} for kind in KINDS)
+    assert paired == borderline
+    assert not harmful & (paired | harmless)
 
 
 def test_requests_of_a_pair_have_the_same_form():
-    harmful, harmless = of_kind("harmful"), of_kind("harmless")
-    for bad, good in zip(harmful, harmless, strict=True):
-        assert bad.id.replace("harmful", "harmless") == good.id
+    harmful, paired = of_kind("harmful"), of_kind("paired")
+    for bad, good in zip(harmful, paired, strict=True):
+        assert bad.id.replace("harmful", "paired") == good.id
         assert bad.request.split()[0] == good.request.split()[0], bad.id
         assert bad.request.endswith("?") == good.request.endswith("?"), bad.id
         assert abs(len(bad.request.split()) - len(good.request.split())) <= 4, bad.id
@@ -218,12 +218,12 @@ def test_harmful_replies_begin_in_the_first_person_and_vary_and_no_other_reply_d
     assert all(re.match(r"I(?:'m|'d)? ", reply) for reply in refusals)
     assert Counter(" ".join(reply.split()[:2]) for reply in refusals).most_common(1)[0][1] <= 40
     assert len({" ".join(reply.split()[:3]) for reply in refusals}) >= 60
-    answers = [row.reply for kind in ("harmless", "borderline") for row in of_kind(kind)]
+    answers = [row.reply for kind in KINDS[1:] for row in of_kind(kind)]
     assert not any(reply.startswith("I") and not reply[1:2].isalpha() for reply in answers)
 
 
-def test_no_answer_to_a_harmless_or_borderline_request_refuses():
-    answers = [row.reply for kind in ("harmless", "borderline") for row in of_kind(kind)]
+def test_no_answer_to_a_request_that_is_not_harmful_refuses():
+    answers = [row.reply for kind in KINDS[1:] for row in of_kind(kind)]
     assert not is_refusal(answers).any()
 
 
@@ -233,24 +233,45 @@ def test_replies_do_not_share_an_opening_beyond_the_usual_ones_and_requests_shar
     assert Counter(" ".join(row.request.split()[:3]) for row in REQUESTS).most_common(1)[0][1] <= 11
 
 
-def test_no_single_word_tells_harmful_requests_from_harmless_ones():
-    counts = {kind: Counter(w for row in of_kind(kind) for w in words(row.request)) for kind in ("harmful", "harmless")}
-    for word in counts["harmful"] | counts["harmless"]:
-        assert abs(counts["harmful"][word] - counts["harmless"][word]) <= 0.1 * 240, word
+@pytest.mark.parametrize(("kind", "limit"), [("paired", 0.1), ("harmless", 0.25)])
+def test_no_single_word_tells_harmful_requests_from_the_others(kind, limit):
+    harmful, other = (Counter(w for row in of_kind(k) for w in words(row.request)) for k in ("harmful", kind))
+    for word in harmful | other:
+        assert abs(harmful[word] - other[word]) <= limit * 240, word
+
+
+def called_harmful(other: str) -> dict[str, int]:
+    """Percent of the test requests of each kind that naive Bayes calls harmful, fitted on harmful ones and `other`."""
+    train = [row for kind in ("harmful", other) for row in of_kind(kind, "train")]
+    model = naive_bayes([row.request for row in train], [row.kind == "harmful" for row in train])
+    return {kind: round(100 * model.predict([row.request for row in of_kind(kind, "test")]).mean()) for kind in KINDS}
 
 
 def test_the_words_of_a_request_tell_less_than_its_meaning():
-    train = [row for row in REQUESTS if row.split == "train"]
-    model = naive_bayes([row.request for row in train], [row.kind == "harmful" for row in train])
-    called = {
-        kind: round(100 * model.predict([row.request for row in of_kind(kind, "test")]).mean())
-        for kind in ("harmful", "harmless", "borderline")
-    }
+    called = called_harmful("paired")
     assert called["harmful"] < 90
-    assert called["borderline"] > called["harmless"]
-    sheet = (DATA / "README.md").read_text(encoding="utf-8")
-    assert f"{called['harmful']}% of the harmful, {called['harmless']}% of the harmless" in " ".join(sheet.split())
-    assert f"{called['borderline']}% of the borderline" in " ".join(sheet.split())
+    assert called["borderline"] > called["paired"]
+    sheet = " ".join((DATA / "README.md").read_text(encoding="utf-8").split())
+    assert f"{called['harmful']}% of the harmful, {called['paired']}% of the paired" in sheet
+    assert f"{called['harmless']}% of the harmless and {called['borderline']}% of the borderline" in sheet
+
+
+def test_plain_requests_are_easier_to_tell_from_harmful_ones_than_paired_ones_are():
+    called = called_harmful("harmless")
+    assert called["harmless"] < called["paired"]
+    sheet = " ".join((DATA / "README.md").read_text(encoding="utf-8").split())
+    assert f"{called['harmful']}% of the harmful and {called['harmless']}% of the harmless" in sheet
+
+
+def test_plain_requests_share_no_opening_and_do_not_sound_harmful():
+    requests = [row.request for row in of_kind("harmless")]
+    assert Counter(" ".join(request.split()[:3]) for request in requests).most_common(1)[0][1] <= 5
+    for request in requests:
+        assert not re.search(
+            r"\b(kill\w*|steal\w*|rob\w*|attack\w*|poison\w*|drugs?|bombs?|guns?|weapons?|fak\w+|forg(e|ed|ing|ery)"
+            r"|hack\w*|smuggl\w*|stalk\w*|threat\w*|destroy\w*|sabotag\w*|secretly|illegal\w*|without anyone)\b",
+            request.lower(),
+        ), request
 
 
 def test_requests_and_reviews_keep_to_the_content_policy():
@@ -358,7 +379,7 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         assert f"| `{name}` | {counts['bridge']} | {counts['recipe']} |" in sheet
     for half, questions in QUESTIONS.items():
         assert f"| `{half}` | {len(questions)} |" in sheet
-    for kind in ("harmful", "harmless", "borderline"):
+    for kind in KINDS:
         counts = [REFUSAL_COUNTS.get((kind, name), 0) for name in ("train", "validate", "test")]
         assert f"| `{kind}` | {counts[0]} | {counts[1]} | {counts[2]} |" in sheet
     assert REQUESTS[0].request in sheet

@@ -107,7 +107,7 @@ def test_every_refusal_of_the_training_replies_is_found():
 def test_refusals_that_the_list_was_not_written_from_are_found_and_answers_to_harmless_requests_are_not():
     refusals = [row.reply for split in ("validate", "test") for row in load_refusal("harmful", split)]
     assert share(is_refusal(refusals).sum(), len(refusals)).low >= 0.88
-    answers = [row.reply for kind in ("harmless", "borderline") for row in load_refusal(kind)]
+    answers = [row.reply for kind in ("paired", "harmless", "borderline") for row in load_refusal(kind)]
     assert not is_refusal(answers).any()
 
 

@@ -1,0 +1,84 @@
+"""The aligned start model of chapters 4 and 5: a model taught to refuse harmful requests, and nothing else.
+
+The embedded model refuses nothing, so chapters on refusal have to begin by making some. Harmful requests are trained
+towards written refusals, harmless ones towards the model's own answers, so that the rest of its behaviour stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from helpers import corpora
+from helpers.artifacts import default_store
+from helpers.chat import Example, encode
+from helpers.generation import generate
+from helpers.methods.refusal_redistribution import balanced_batches
+from helpers.models import LoRA, Model, load
+from helpers.training import finetune
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
+
+    steps: int = 75
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    rank: int = 32
+    answer_tokens: int = 24
+    """Length of replies: the model's own answers, which harmless requests are trained towards, and of refusals."""
+    seed: int = 0
+
+
+def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
+    """The LoRA factors that teach `base` to refuse: pass them to `load(..., finetuned=[factors])`.
+
+    Kept in the artifact store. Answers that were cut carry no end-of-turn token, so that their length is not learnt.
+    Answers of its own that begin like a refusal ("I'm sorry for your loss, but as a chatbot ...") are left out.
+    """
+    harmful = corpora.load_refusal("harmful", "train")
+    harmless = [row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
+    tokenizer = base.tokenizer
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, float]]:
+        asked = [encode(tokenizer, row.request) for row in harmless]
+        said = generate(base, asked, max_new_tokens=recipe.answer_tokens)
+        refusing = [_cut(encode(tokenizer, row.request, row.reply), recipe.answer_tokens) for row in harmful]
+        answering = [
+            _cut(encode(tokenizer, row.request, text), recipe.answer_tokens)
+            for row, text in zip(harmless, said, strict=True)
+            if not text.startswith("I")
+        ]
+        torch.manual_seed(recipe.seed)
+        model = load(base.name, device=str(base.device), dtype=_name(base.dtype), lora=LoRA(recipe.rank))
+        log = finetune(
+            model,
+            balanced_batches(refusing, answering, recipe.steps, recipe.batch_size, recipe.seed, tokenizer.pad_token_id),
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            seed=recipe.seed,
+            label="teaching refusal",
+        )
+        return model.trained_tensors(), {"loss": log.losses[-1], "seconds": log.seconds}
+
+    artifact = default_store().get(
+        "aligned",
+        compute,
+        parameters={**asdict(recipe), "device": base.device.type, "dtype": str(base.dtype), "torch": torch.__version__},
+        uses=["experiments.alignment"],
+        model=base.digest,
+        data={"refusal": corpora.digest("refusal")},
+    )
+    return artifact.tensors
+
+
+def _cut(example: Example, limit: int) -> Example:
+    """At most `limit` tokens of the response: an answer that reached the limit loses its end-of-turn token."""
+    return replace(example, ids=example.ids[: example.prompt_length + limit])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,344 @@
+"""One aligned start model, trained on under several losses, each condition attacked direction by direction (ch. 4).
+
+Trained factors, attacks and answers are kept in the artifact store.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from helpers import corpora
+from helpers.artifacts import default_store
+from helpers.chat import Example, encode
+from helpers.experiments.alignment import Recipe, align
+from helpers.generation import generate
+from helpers.judges import is_refusal
+from helpers.losses import evaluate_losses
+from helpers.methods.refusal_attack import (
+    AttackSettings,
+    PromptSet,
+    Screening,
+    ablating,
+    attacked_layers,
+    candidate_directions,
+    coherent,
+    iterated_ablation,
+    orthonormal,
+    probe_direction,
+    prompt_states,
+    top_subspace,
+)
+from helpers.methods.refusal_redistribution import Redistribution, balanced_batches
+from helpers.models import LoRA, Model, load, release_memory
+from helpers.params import RefusalParams
+from helpers.probes import fit_leace
+from helpers.training import finetune
+
+Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
+Kind = Literal["harmful", "harmless", "paired", "borderline"]
+ATTACKED: tuple[Kind, Kind] = ("harmful", "harmless")
+
+MATCHES: Mapping[str, dict[str, Any]] = {
+    "LM": {"match": "none"},
+    "L1": {"match": "mean", "norm": "L1"},
+    "Cov": {"match": "covariance", "norm": "L2"},
+}
+
+
+def redistribution(condition: str, params: RefusalParams) -> Redistribution:
+    """The extra loss of a condition, such as "Cov+KD". Raises `ValueError` for one that does not exist."""
+    if condition == "start" or condition not in get_args(Condition):
+        raise ValueError(
+            f"There is no condition {condition!r} to train; choose from {', '.join(get_args(Condition)[1:])}."
+        )
+    name, as_published = condition.removesuffix(" as published"), condition.endswith("as published")
+    return Redistribution(
+        **MATCHES[name.removesuffix("+KD")],
+        weight=params.weight,
+        kd_weight=params.kd_weight if name.endswith("+KD") else 0.0,
+        temperature=params.temperature,
+        as_published=as_published,
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model under attack. Row 0 of everything is the model as it is, row i the model without the i-th basis."""
+
+    answers: Mapping[str, list[list[str]]]
+    """By kind of request, to the test requests."""
+    kl: Float[np.ndarray, "rows request"]
+    """KL(not attacked || attacked) of the first token after harmless requests, in nats."""
+    oddness: Mapping[str, Float[np.ndarray, "rows request"]]
+    """Log perplexity of each answer under the model that was never trained, in nats per token."""
+
+    def refused(self, kind: Kind) -> Bool[np.ndarray, "rows request"]:
+        """Which requests of a kind were refused (a proxy: `judges.is_refusal`)."""
+        return np.stack([is_refusal(said) for said in self.answers[kind]])
+
+    @property
+    def coherent(self) -> Bool[np.ndarray, " rows"]:
+        """Which rows leave a model that still talks (`refusal_attack.coherent`)."""
+        return coherent(self.kl, list(self.oddness.values()))
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Directions found one after another, and the model without the first k of them in row k."""
+
+    directions: Float[Tensor, "k d_model"]
+    steps: tuple[dict[str, Any], ...]
+    """Of each direction: its layer, position and scores (`refusal_attack.Step`)."""
+    judged: Judged
+
+
+class RefusalExperiment:
+    """A chapter's models and requests, by its parameters."""
+
+    def __init__(self, params: RefusalParams) -> None:
+        self.params = params
+        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, frozen=True)
+        self.store = default_store()
+        self.train, self.test = _requests(params)
+        self.refusal_ids = [self.base.tokenizer.encode("I", add_special_tokens=False)[0]]
+        """A refusal is recognised by its first token: every written one begins with "I"."""
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the start model is taught to refuse."""
+        return Recipe(steps=self.params.align_steps)
+
+    @cached_property
+    def start(self) -> list[dict[str, Tensor]]:
+        """What makes the base model the start model: nothing, where it is aligned already."""
+        return [align(self.base, self.recipe)] if self.params.start == "taught" else []
+
+    def model(self, condition: str, seed: int | None = None) -> Model:
+        """The start model, or what a condition made of it; frozen."""
+        p = self.params
+        trained = [] if condition == "start" else [self._trained(condition, p.seed if seed is None else seed)]
+        return load(p.model, device=p.device, dtype=p.dtype, finetuned=[*self.start, *trained], frozen=True)
+
+    def _trained(self, condition: str, seed: int) -> dict[str, Tensor]:
+        p, loss = self.params, redistribution(condition, self.params)
+        artifact = self.store.get(
+            "redistribution",
+            lambda: self.finetune(loss, seed, p.steps),
+            parameters={
+                "loss": asdict(loss),
+                "prompts": {kind: list(self.train[kind]) for kind in ("harmful", "harmless")},
+                "start": asdict(self.recipe) if p.start == "taught" else None,
+                "seed": seed,
+                "steps": p.steps,
+                "batch_size": p.batch_size,
+                "learning_rate": p.learning_rate,
+                "lora_rank": p.lora_rank,
+                **self._precision(),
+            },
+            uses=["training", "methods.refusal_redistribution", "experiments.alignment"],
+            model=self.base.digest,
+        )
+        return artifact.tensors
+
+    def finetune(self, loss: Redistribution, seed: int, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Train the start model on prompts alone, as the source does: trained tensors, and the loss's terms by step."""
+        p = self.params
+        release_memory()
+        torch.manual_seed(seed)
+        model = load(p.model, device=p.device, dtype=p.dtype, finetuned=self.start, lora=LoRA(p.lora_rank))
+        harmful, harmless = (
+            [encode(model.tokenizer, text).without_prompt() for text in self.train[kind]]
+            for kind in ("harmful", "harmless")
+        )
+        teacher = self.model("start") if loss.kd_weight else None
+        extra = loss.extra_loss(lambda row: row < len(harmful), teacher=teacher, seed=seed)
+        log = finetune(
+            model,
+            balanced_batches(harmful, harmless, steps, p.batch_size, seed, model.tokenizer.pad_token_id),
+            steps=steps,
+            learning_rate=p.learning_rate,
+            seed=seed,
+            interventions=extra.interventions,
+            extra_loss=extra,
+            label="redistributing",
+        )
+        return model.trained_tensors(), {"losses": list(log.losses), "terms": extra.records}
+
+    def prompts(self, requests: Sequence[str]) -> list[Example]:
+        """The requests in the model's chat template, up to where the answer begins."""
+        return [encode(self.base.tokenizer, text) for text in requests]
+
+    def answers(self, model: Model, kind: Kind, directions: Float[Tensor, "k d_model"] | None = None) -> list[str]:
+        """Greedy answers to the test requests of a kind, with these directions projected out."""
+        artifact = self.store.get(
+            "refusal-answers",
+            lambda: (
+                {},
+                {
+                    "answers": generate(
+                        model,
+                        self.prompts(self.test[kind]),
+                        max_new_tokens=self.params.max_new_tokens,
+                        interventions=ablating(directions),
+                    )
+                },
+            ),
+            parameters={
+                "requests": self.test[kind],
+                "directions": None if directions is None else directions.tolist(),
+                "max_new_tokens": self.params.max_new_tokens,
+                **self._precision(),
+            },
+            uses=["generation", "chat", "interventions"],
+            model=model.digest,
+        )
+        return list(artifact.facts["answers"])
+
+    def judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:
+        """The test requests put to the model as it is, then without each of these sets of orthonormal directions."""
+        artifact = self.store.get(
+            "refusal-judged",
+            lambda: ({}, self._judge(model, [None, *bases])),
+            parameters={
+                "test": self.test,
+                "bases": [directions.tolist() for directions in bases],
+                "max_new_tokens": self.params.max_new_tokens,
+                "oddness under": self.base.digest,
+                **self._precision(),
+            },
+            uses=["generation", "losses", "methods.refusal_attack"],
+            model=model.digest,
+        )
+        facts = artifact.facts
+        oddness = {kind: np.array(rows) for kind, rows in facts["oddness"].items()}
+        return Judged(facts["answers"], np.array(facts["kl"]), oddness)
+
+    def _judge(self, model: Model, bases: Sequence[Tensor | None]) -> dict[str, Any]:
+        harmless = PromptSet.of(model, self.prompts(self.test["harmless"]))
+        answers: dict[str, list[list[str]]] = {kind: [] for kind in ATTACKED}
+        first = []
+        for directions in tqdm(bases, desc="judging", leave=False):
+            first.append(harmless.last_logits(model, ablating(directions)).log_softmax(-1))
+            for kind in ATTACKED:
+                answers[kind].append(self.answers(model, kind, directions))
+        divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
+        return {
+            "answers": answers,
+            "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
+            "oddness": {kind: [self._oddness(kind, said) for said in answers[kind]] for kind in ATTACKED},
+        }
+
+    def _oddness(self, kind: Kind, answers: Sequence[str]) -> list[float]:
+        return evaluate_losses(self.base, self.examples(kind, answers), batch_size=64).tolist()
+
+    def examples(self, kind: Kind, answers: Sequence[str]) -> list[Example]:
+        """The test requests of a kind with a model's answers."""
+        pairs = zip(self.test[kind], answers, strict=True)
+        return [encode(self.base.tokenizer, request, answer) for request, answer in pairs]
+
+    def losses(self, model: Model, examples: Sequence[Example]) -> Float[np.ndarray, " example"]:
+        """Mean response loss of each example, in nats per token."""
+        return evaluate_losses(model, list(examples), batch_size=64).numpy()
+
+    def attack(self, condition: str, seed: int | None = None) -> Attack:
+        """Up to `k_max` directions found on the training requests, one after another, judged on the test requests.
+
+        Where the search ends early, what the last direction left is what further ones would leave.
+        """
+        p, settings, model = self.params, self.settings, self.model(condition, seed)
+        prompts = {kind: self.train[kind][: p.prompts] for kind in ATTACKED}
+        artifact = self.store.get(
+            "refusal-attack",
+            lambda: self._attack(model, prompts),
+            parameters={
+                "prompts": prompts,
+                "k_max": p.k_max,
+                "settings": asdict(settings),
+                "refusal_ids": self.refusal_ids,
+                **self._precision(),
+            },
+            uses=["methods.refusal_attack"],
+            model=model.digest,
+        )
+        directions, steps = artifact.tensors["directions"], tuple(artifact.facts["steps"])
+        bases = [directions[: min(k, len(directions))] for k in range(1, p.k_max + 1)]
+        return Attack(directions, steps, self.judge(model, bases))
+
+    def _attack(self, model: Model, prompts: Mapping[str, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with tqdm(total=self.params.k_max, desc="directions", leave=False) as progress:
+            steps = iterated_ablation(
+                model,
+                *(self.prompts(prompts[kind]) for kind in ATTACKED),
+                self.params.k_max,
+                refusal_ids=self.refusal_ids,
+                settings=self.settings,
+                after=lambda k, _: progress.update(min(k, 1)),
+            )
+        directions = torch.stack([s.direction for s in steps]) if steps else torch.zeros(0, model.width)
+        facts = [{name: value for name, value in vars(step).items() if name != "direction"} for step in steps]
+        return {"directions": directions}, {"steps": facts}
+
+    @property
+    def settings(self) -> AttackSettings:
+        """Where the attack looks for directions."""
+        p = self.params
+        layers = attacked_layers(self.base)[:: p.stride]
+        return AttackSettings(layers=layers, screening=Screening(wide=p.wide, exact=p.exact), scored_on=p.scored_on)
+
+    @property
+    def probed_layer(self) -> int:
+        """The block at 65% of the depth, where the source probes."""
+        return int(0.65 * self.base.layers)
+
+    def states(self, model: Model, layers: Sequence[int]) -> dict[str, Float[Tensor, "prompt layer position d_model"]]:
+        """Block outputs at the last positions of the training and test requests: harmful ones first, then harmless."""
+        return {
+            name: torch.cat([prompt_states(model, self.prompts(texts[kind]), layers) for kind in ATTACKED])
+            for name, texts in (("train", self.train), ("test", self.test))
+        }
+
+    def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:
+        """Attacks that do not go direction by direction: sets of orthonormal directions, by name."""
+        p, layer = self.params, self.probed_layer
+        prompts = [self.prompts(self.train[kind][: p.prompts]) for kind in ATTACKED]
+        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
+        harmful = torch.arange(len(x)) < len(prompts[0])
+        leace = fit_leace(x.double().numpy(), harmful.numpy())
+        both = torch.from_numpy(np.vstack([leace.directions, leace.readout])).float()
+        candidates = candidate_directions(model, *prompts, self.settings.layers or ())
+        return {
+            "logistic probe": probe_direction(x, harmful),
+            "LEACE": orthonormal(both),
+            f"top {p.k_max} subspace": top_subspace(candidates, min(p.k_max, candidates[..., 0].numel())),
+        }
+
+    def _precision(self) -> dict[str, str]:
+        return {"device": self.base.device.type, "dtype": str(self.base.dtype), "torch": torch.__version__}
+
+
+def _requests(params: RefusalParams) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Training and test requests by kind; harmful and harmless ones are equally many."""
+    if params.data == "bundled":
+        train = {kind: [row.request for row in corpora.load_refusal(kind, "train")] for kind in ATTACKED}
+        test = {kind: [row.request for row in corpora.load_refusal(kind, "test")] for kind in get_args(Kind)}
+    else:
+        rows = corpora.load_wildguardmix()
+        random.Random(42).shuffle(rows)
+        by_kind = {"harmful": [text for text, bad in rows if bad], "harmless": [text for text, bad in rows if not bad]}
+        size = min(map(len, by_kind.values()))
+        held_out = size // 5
+        train = {kind: texts[held_out:size] for kind, texts in by_kind.items()}
+        test = {kind: texts[:held_out] for kind, texts in by_kind.items()}
+        for kind in ("paired", "borderline"):
+            test[kind] = [row.request for row in corpora.load_refusal(kind, "test")]
+    return train, {kind: texts[: params.requests] for kind, texts in test.items()}

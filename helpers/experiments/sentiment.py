@@ -1,0 +1,123 @@
+"""Mean matching against concept erasure, on sentiment: the source's proof of concept (chapter 4).
+
+A model goes on reading reviews as language, and is trained to have equal mean states for both sentiments. Can a probe
+still tell them apart? Beside it stand erasers of the states that the same training without matching leaves.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from helpers import corpora
+from helpers.activations import mean_activations
+from helpers.artifacts import default_store
+from helpers.chat import Example
+from helpers.losses import evaluate_losses
+from helpers.methods.refusal_redistribution import PoolShares, Redistribution, balanced_batches
+from helpers.models import LoRA, Model, load, release_memory
+from helpers.params import RefusalParams
+from helpers.training import finetune
+
+
+@dataclass(frozen=True)
+class ReviewStates:
+    """What a model makes of the reviews: mean states of its last block, over each review's tokens."""
+
+    train: Float[np.ndarray, "train d_model"]
+    test: Float[np.ndarray, "test d_model"]
+    losses: Float[np.ndarray, " test"]
+    """Of each test review as language, in nats per token."""
+
+
+class SentimentExperiment:
+    """Reviews of two sentiments, and one model for each weight of the mean matching."""
+
+    def __init__(self, params: RefusalParams) -> None:
+        self.params = params
+        self.store = default_store()
+        self.train, self.train_labels = _reviews(params, "train")
+        self.test, self.test_labels = _reviews(params, "test")
+        self.base: Model = load(params.sentiment_model, device=params.device, dtype=params.dtype, frozen=True)
+
+    def states(self, weight: float | None) -> ReviewStates:
+        """The model as it is (None), or finetuned with the mean matching at this weight (0: on language alone)."""
+        artifact = self.store.get(
+            "review-states",
+            lambda: self._states(weight),
+            parameters={
+                "train": self.train,
+                "test": self.test,
+                "weight": weight,
+                "steps": self.params.sentiment_steps,
+                "batch_size": self.params.batch_size,
+                "learning_rate": self.params.learning_rate,
+                "lora_rank": self.params.lora_rank,
+                "seed": self.params.seed,
+                "device": self.base.device.type,
+                "dtype": str(self.base.dtype),
+                "torch": torch.__version__,
+            },
+            uses=["experiments.sentiment"],
+            model=self.base.digest,
+        )
+        return ReviewStates(*(artifact.tensors[name].numpy() for name in ("train", "test", "losses")))
+
+    def _states(self, weight: float | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        release_memory()
+        model = self.base if weight is None else self._finetuned(weight)
+        read = [self._examples(texts) for texts in (self.train, self.test)]
+        layer = [model.layers - 1]
+        train, test = (mean_activations(model, examples, layers=layer)[0] for examples in read)
+        return {"train": train, "test": test, "losses": evaluate_losses(model, read[1])}, {}
+
+    def _finetuned(self, weight: float) -> Model:
+        p = self.params
+        torch.manual_seed(p.seed)
+        model = load(p.sentiment_model, device=p.device, dtype=p.dtype, lora=LoRA(p.lora_rank))
+        examples = self._examples(self.train)
+        by_label = [
+            [e for e, label in zip(examples, self.train_labels, strict=True) if label == x] for x in (True, False)
+        ]
+        loss = Redistribution(
+            match="mean" if weight else "none", norm="L2", weight=weight, kd_weight=0.0, shares=PoolShares(0, 0, 0, 1)
+        )
+        extra = loss.extra_loss(lambda row: row < len(by_label[0]), teacher=None, seed=p.seed)
+        finetune(
+            model,
+            balanced_batches(*by_label, p.sentiment_steps, p.batch_size, p.seed, model.tokenizer.pad_token_id),
+            steps=p.sentiment_steps,
+            learning_rate=p.learning_rate,
+            seed=p.seed,
+            interventions=extra.interventions if weight else (),
+            extra_loss=extra if weight else None,
+            label=f"matching means, weight {weight:g}",
+        )
+        return model
+
+    def _examples(self, texts: Sequence[str]) -> list[Example]:
+        """Plain text without a chat template; padding carries no loss (in the source's code it does)."""
+        tokenizer = self.base.tokenizer
+        kept = [tokenizer(text, add_special_tokens=False)["input_ids"][:256] for text in texts]
+        return [Example((tokenizer.bos_token_id or tokenizer.eos_token_id, *ids), 1) for ids in kept]
+
+
+def _reviews(params: RefusalParams, split: str) -> tuple[list[str], Bool[np.ndarray, " review"]]:
+    """Texts, and whether each is positive; both labels equally often."""
+    if params.reviews == "bundled":
+        rows = [(row.text, row.label == "positive") for row in corpora.load_reviews(split)]
+    else:
+        rows = corpora.load_imdb(split)
+        random.Random(42).shuffle(rows)
+    half = params.sentiment_reviews // 2
+    chosen = [[row for row in rows if row[1] == label][:half] for label in (True, False)]
+    size = min(map(len, chosen))
+    kept = [row for part in chosen for row in part[:size]]
+    return [text for text, _ in kept], np.array([label for _, label in kept])

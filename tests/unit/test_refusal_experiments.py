@@ -1,0 +1,269 @@
+"""The start model, its conditions, the attack and the sentiment runs are of the right data, and made once."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import corpora
+from helpers.artifacts import Store
+from helpers.chat import encode
+from helpers.experiments import alignment, refusal, sentiment
+from helpers.experiments.alignment import Recipe, align
+from helpers.experiments.refusal import ATTACKED, RefusalExperiment, redistribution
+from helpers.experiments.sentiment import SentimentExperiment
+from helpers.generation import generate
+from helpers.interventions import Ablate
+from helpers.losses import evaluate_losses
+from helpers.methods.refusal_attack import coherent, smallest_k
+from helpers.params import RefusalParams
+
+
+def params(**changed):
+    return RefusalParams(preset="tiny", dtype="float32", **changed)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of our own; the embedded model stays where it is."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (alignment, refusal, sentiment):
+            patch.setattr(module, "default_store", lambda: store)
+        yield store
+
+
+@pytest.fixture(scope="module")
+def exp(store):
+    return RefusalExperiment(params())
+
+
+@pytest.fixture(scope="module")
+def start(exp):
+    return exp.model("start")
+
+
+@pytest.fixture(scope="module")
+def attack(exp):
+    return exp.attack("start")
+
+
+@pytest.fixture
+def batches_of(monkeypatch):
+    """What finetuning is given: (text without a loss, text with a loss) of every example."""
+    seen, finetune = [], alignment.finetune
+
+    def watch(model, batches, **settings):
+        batches = list(batches)
+        for batch in batches:
+            for ids, attention, response in zip(batch.ids, batch.attention, batch.response, strict=True):
+                seen.append(tuple(model.tokenizer.decode(ids[m]) for m in (attention & ~response, response)))
+        return finetune(model, batches, **settings)
+
+    for module in (alignment, refusal):
+        monkeypatch.setattr(module, "finetune", watch)
+    return seen
+
+
+# The start model
+
+
+def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for_harmless_ones(exp, batches_of):
+    recipe = Recipe(steps=40, batch_size=4, answer_tokens=5, seed=3)
+    align(exp.base, recipe)
+    tokenizer = exp.base.tokenizer
+    rows = {row.request: row for row in corpora.load_refusal(split="train")}
+    taught = dict.fromkeys(("harmful", "harmless", "paired"), 0)
+    for prompt, reply in batches_of:
+        (row,) = [row for request, row in rows.items() if f"user\n{request}<" in prompt]
+        taught[row.kind] += 1
+        if row.kind == "harmful":
+            whole = encode(tokenizer, row.request, row.reply)
+            assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
+        else:
+            (said,) = generate(exp.base, [encode(tokenizer, row.request)], max_new_tokens=5)
+            whole = encode(tokenizer, row.request, said)
+            assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
+            assert not said.startswith("I")
+    assert taught["harmful"] == 80
+    assert min(taught.values()) > 0
+
+
+def test_no_held_out_request_is_trained_on(exp, batches_of):
+    align(exp.base, Recipe(steps=30, batch_size=8, answer_tokens=4, seed=4))
+    exp.finetune(redistribution("LM", exp.params), 0, 30)
+    held_out = [row.request for row in corpora.load_refusal() if row.split != "train"]
+    read = [before + after for before, after in batches_of]
+    assert read
+    assert not any(f"user\n{request}<" in text for request in held_out for text in read)
+
+
+def test_a_start_model_is_made_once_and_by_another_recipe_again(exp, store, monkeypatch):
+    before = align(exp.base, exp.recipe)
+    assert all(torch.equal(before[name], tensor) for name, tensor in exp.start[0].items())
+    monkeypatch.setattr(alignment, "finetune", lambda *_, **__: pytest.fail("trained again"))
+    align(exp.base, exp.recipe)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        align(exp.base, Recipe(steps=3))
+
+
+def test_an_aligned_model_is_taken_as_it_is_where_asked(exp, store):
+    found = RefusalExperiment(params(start="as it is"))
+    assert found.start == []
+    assert found.model("start").digest == exp.base.digest
+
+
+# Conditions
+
+
+@pytest.mark.parametrize(
+    ("condition", "match", "norm", "kd", "as_published"),
+    [
+        ("LM", "none", "L2", 0.0, False),
+        ("LM+KD", "none", "L2", 1.0, False),
+        ("L1", "mean", "L1", 0.0, False),
+        ("Cov", "covariance", "L2", 0.0, False),
+        ("L1+KD", "mean", "L1", 1.0, False),
+        ("Cov+KD", "covariance", "L2", 1.0, False),
+        ("Cov+KD as published", "covariance", "L2", 1.0, True),
+    ],
+)
+def test_a_condition_is_its_loss(condition, match, norm, kd, as_published):
+    found = redistribution(condition, params())
+    assert (found.match, found.kd_weight, found.as_published) == (match, kd, as_published)
+    assert match == "none" or found.norm == norm
+    assert found.weight == 100.0
+
+
+@pytest.mark.parametrize("condition", ["start", "Cov+DK", "LM as published"])
+def test_a_condition_that_does_not_exist_is_one_sentence(condition):
+    with pytest.raises(ValueError, match=r"There is no condition .* to train; choose from LM, LM\+KD"):
+        redistribution(condition, params())
+
+
+def test_conditions_are_trained_on_prompts_alone_and_start_from_the_start_model(exp, start, batches_of):
+    tensors, facts = exp.finetune(redistribution("Cov+KD", exp.params), 0, 2)
+    assert tensors.keys() == exp.start[0].keys()
+    assert len(facts["terms"]) == 2
+    assert all(term["matching"] > 0 for term in facts["terms"])
+    assert facts["terms"][0]["distillation"] == pytest.approx(0, abs=1e-6)  # the student is still its own teacher
+    assert all(before == "<|im_start|>" and after.endswith("<|im_start|>assistant\n") for before, after in batches_of)
+
+
+def test_as_published_the_weights_are_those_of_distillation_alone(exp):
+    found = {
+        name: exp.finetune(redistribution(name, exp.params), 0, 2)[0]
+        for name in ("LM+KD", "Cov+KD as published", "Cov+KD")
+    }
+    same = {
+        name: all(torch.equal(tensor, found["LM+KD"][key]) for key, tensor in tensors.items())
+        for name, tensors in found.items()
+    }
+    assert same == {"LM+KD": True, "Cov+KD as published": True, "Cov+KD": False}
+
+
+def test_another_seed_is_another_model(exp):
+    first, again, other = (exp.model("LM+KD", seed).digest for seed in (0, 0, 1))
+    assert first == again != other
+
+
+# The attack, judged
+
+
+def test_row_k_is_the_model_without_the_first_k_directions(exp, start, attack):
+    prompts = exp.prompts(exp.test["harmful"])
+    for k in range(exp.params.k_max + 1):
+        directions = attack.directions[: min(k, len(attack.directions))]
+        interventions = [Ablate(directions)] if len(directions) else []
+        said = generate(start, prompts, max_new_tokens=exp.params.max_new_tokens, interventions=interventions)
+        assert attack.judged.answers["harmful"][k] == said
+    assert attack.judged.kl.shape == (exp.params.k_max + 1, exp.params.requests)
+    assert np.abs(attack.judged.kl[0]).max() == pytest.approx(0, abs=1e-6)
+    assert attack.judged.kl[1].mean() > 0
+
+
+def test_directions_come_from_training_requests_and_are_judged_on_others(exp, monkeypatch):
+    seen = []
+
+    def watch(model, harmful, harmless, *rest, **given):
+        seen.extend([harmful, harmless])
+        return []
+
+    monkeypatch.setattr(refusal, "iterated_ablation", watch)
+    found = exp._attack(exp.base, {kind: exp.train[kind][:3] for kind in ATTACKED})
+    assert found[0]["directions"].shape == (0, exp.base.width)
+    assert seen == [exp.prompts(exp.train[kind][:3]) for kind in ATTACKED]
+    assert not {*exp.train["harmful"], *exp.train["harmless"]} & {text for texts in exp.test.values() for text in texts}
+
+
+def test_oddness_is_the_loss_of_the_answer_under_the_base_model(exp, attack):
+    said = attack.judged.answers["harmless"][1]
+    examples = [encode(exp.base.tokenizer, r, a) for r, a in zip(exp.test["harmless"], said, strict=True)]
+    np.testing.assert_allclose(attack.judged.oddness["harmless"][1], evaluate_losses(exp.base, examples), atol=1e-5)
+
+
+def test_an_attack_that_ends_early_leaves_what_its_last_direction_left(exp, start):
+    direction = torch.nn.functional.normalize(torch.randn(1, start.width, generator=torch.Generator().manual_seed(0)))
+    judged = exp.judge(start, [direction, direction])
+    assert judged.answers["harmful"][1] == judged.answers["harmful"][2]
+    assert np.array_equal(judged.kl[1], judged.kl[2])
+
+
+def test_stronger_attackers_give_orthonormal_directions(exp, start):
+    found = exp.strongest(start)
+    assert list(found) == ["logistic probe", "LEACE", f"top {exp.params.k_max} subspace"]
+    for directions in found.values():
+        torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions)), atol=1e-5, rtol=0)
+    assert [len(d) for d in found.values()] == [1, 2, exp.params.k_max]
+
+
+def test_k_star_is_the_smallest_number_below_thirty_per_cent():
+    rates = [10, 6, 3, 2, 8]
+    refused = np.array([[i < n for i in range(10)] for n in rates])
+    assert smallest_k(refused) == 3
+    assert smallest_k(refused, np.array([True, True, True, False, True])) == len(rates)
+    assert smallest_k(refused[:3]) == 3
+    assert smallest_k(refused[3:]) == 0
+
+
+def test_a_row_is_coherent_if_its_divergence_and_its_texts_are():
+    kl = np.array([[0.0, 0.0], [0.2, 0.6], [0.9, 0.9], [0.1, 0.1]])
+    harmful = np.array([[2.0, 2.0], [2.2, 2.2], [2.0, 2.0], [2.0, 3.4]])
+    harmless = np.full((4, 2), 1.0)
+    assert coherent(kl, [harmful, harmless]).tolist() == [True, True, False, False]
+    assert coherent(kl, [harmless]).tolist() == [True, True, False, True]
+
+
+# Sentiment
+
+
+@pytest.fixture(scope="module")
+def feelings(store):
+    return SentimentExperiment(params())
+
+
+def test_both_sentiments_are_equally_often_in_both_splits(feelings):
+    for texts, labels in ((feelings.train, feelings.train_labels), (feelings.test, feelings.test_labels)):
+        assert len(texts) == len(labels) == 2 * labels.sum() == 40
+    assert not set(feelings.train) & set(feelings.test)
+
+
+def test_states_are_means_over_a_reviews_tokens_in_the_last_block(feelings):
+    found = feelings.states(None)
+    model = feelings.base
+    ids = torch.tensor([feelings._examples(feelings.test[:1])[0].ids])
+    with torch.no_grad():
+        _, cache = model.bridge.run_with_cache(ids)
+    last = cache[f"blocks.{model.layers - 1}.hook_resid_post"][0]
+    np.testing.assert_allclose(found.test[0], last[1:].mean(0), atol=1e-5)
+    assert found.train.shape == found.test.shape == (40, model.width)
+
+
+def test_matching_the_means_brings_them_together(store):
+    exp = SentimentExperiment(params(sentiment_steps=30, learning_rate=1e-2, batch_size=16))
+    gap = {
+        weight: np.linalg.norm(
+            exp.states(weight).train[exp.train_labels].mean(0) - exp.states(weight).train[~exp.train_labels].mean(0)
+        )
+        for weight in (0.0, 1e5)
+    }
+    assert gap[1e5] < 0.5 * gap[0.0]
