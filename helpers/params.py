@@ -435,11 +435,11 @@ _REFUSAL_QUICK = {
     "model": "smollm2-135m-instruct",
     "seeds": (0,),
     "start": "taught",
-    "align_steps": 75,
+    "align_steps": 60,
     "data": "bundled",
     "conditions": ("LM+KD", "L1+KD", "Cov+KD"),
     "requests": 24,
-    "prompts": 64,
+    "prompts": 48,
     "scored_on": 16,
     "k_max": 8,
     "stride": 3,
@@ -449,14 +449,14 @@ _REFUSAL_QUICK = {
     "batch_size": 16,
     "learning_rate": 2e-4,
     "lora_rank": 32,
-    "weight": 100.0,
+    "weight": 1.0,
     "kd_weight": 1.0,
     "temperature": 1.0,
     "max_new_tokens": 16,
     "reviews": "bundled",
     "sentiment_model": "smollm2-135m-instruct",
-    "sentiment_reviews": 200,
-    "sentiment_weights": (0.0, 100.0),
+    "sentiment_reviews": 160,
+    "sentiment_weights": (0.0, 10.0),
     "sentiment_steps": 12,
     "resamples": 2000,
 }
@@ -465,6 +465,7 @@ _REFUSAL_FULL = {
     "seeds": (0, 1, 2),
     "conditions": ("LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"),
     "requests": 60,
+    "prompts": 64,
     "scored_on": 64,
     "k_max": 16,
     "stride": 1,
@@ -473,7 +474,7 @@ _REFUSAL_FULL = {
     "steps": 100,
     "max_new_tokens": 48,
     "sentiment_reviews": 320,
-    "sentiment_weights": (0.0, 10.0, 50.0, 100.0, 500.0),
+    "sentiment_weights": (0.0, 1.0, 10.0, 100.0),
     "sentiment_steps": 40,
     "resamples": 10_000,
 }
@@ -542,7 +543,7 @@ class RefusalParams(Params):
     )
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     lora_rank: int = Field(ge=1, le=512, description="rank of the trained adapters")
-    weight: Weight = Field(description="lambda, the weight of the matching loss")
+    weight: Weight = Field(description="lambda, the weight of the matching loss, which is 1 before the first step")
     kd_weight: Weight = Field(description="weight of the distillation from the start model")
     temperature: float = Field(gt=0, le=100, allow_inf_nan=False, description="temperature of the distillation")
     max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
@@ -552,7 +553,8 @@ class RefusalParams(Params):
     sentiment_model: str = Field(min_length=1, description="model that reads the reviews")
     sentiment_reviews: int = Field(ge=8, le=50_000, description="reviews in each split, at most; half are positive")
     sentiment_weights: tuple[Weight, ...] = Field(
-        min_length=1, description="weights of the mean matching; 0: finetuned on the reviews alone"
+        min_length=1,
+        description="weights of the mean matching, which is 1 before the first step; 0: finetuned on the reviews alone",
     )
     sentiment_steps: int = Field(ge=1, le=100_000, description="optimizer steps of a sentiment run")
     resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")

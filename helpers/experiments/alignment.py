@@ -24,7 +24,7 @@ from helpers.training import finetune
 class Recipe:
     """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
 
-    steps: int = 75
+    steps: int = 60
     batch_size: int = 16
     learning_rate: float = 3e-4
     rank: int = 32
@@ -50,7 +50,7 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
         answering = [
             _cut(encode(tokenizer, row.request, text), recipe.answer_tokens)
             for row, text in zip(harmless, said, strict=True)
-            if not text.startswith("I")
+            if not text.startswith(("I ", "I'"))
         ]
         torch.manual_seed(recipe.seed)
         model = load(base.name, device=str(base.device), dtype=_name(base.dtype), lora=LoRA(recipe.rank))

@@ -68,6 +68,7 @@ def redistribution(condition: str, params: RefusalParams) -> Redistribution:
         kd_weight=params.kd_weight if name.endswith("+KD") else 0.0,
         temperature=params.temperature,
         as_published=as_published,
+        relative=True,
     )
 
 
@@ -178,31 +179,31 @@ class RefusalExperiment:
         """The requests in the model's chat template, up to where the answer begins."""
         return [encode(self.base.tokenizer, text) for text in requests]
 
-    def answers(self, model: Model, kind: Kind, directions: Float[Tensor, "k d_model"] | None = None) -> list[str]:
-        """Greedy answers to the test requests of a kind, with these directions projected out."""
+    def answers(self, model: Model, kind: Kind) -> list[str]:
+        """Greedy answers to the test requests of a kind."""
         artifact = self.store.get(
             "refusal-answers",
-            lambda: (
-                {},
-                {
-                    "answers": generate(
-                        model,
-                        self.prompts(self.test[kind]),
-                        max_new_tokens=self.params.max_new_tokens,
-                        interventions=ablating(directions),
-                    )
-                },
-            ),
+            lambda: ({}, {"answers": self._said(model, self.test[kind])}),
             parameters={
                 "requests": self.test[kind],
-                "directions": None if directions is None else directions.tolist(),
                 "max_new_tokens": self.params.max_new_tokens,
                 **self._precision(),
             },
-            uses=["generation", "chat", "interventions"],
+            uses=["generation", "chat"],
             model=model.digest,
         )
         return list(artifact.facts["answers"])
+
+    def _said(
+        self, model: Model, requests: Sequence[str], directions: Float[Tensor, "k d_model"] | None = None
+    ) -> list[str]:
+        return generate(
+            model,
+            self.prompts(requests),
+            max_new_tokens=self.params.max_new_tokens,
+            interventions=ablating(directions),
+            batch_size=128,
+        )
 
     def judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:
         """The test requests put to the model as it is, then without each of these sets of orthonormal directions."""
@@ -225,21 +226,20 @@ class RefusalExperiment:
 
     def _judge(self, model: Model, bases: Sequence[Tensor | None]) -> dict[str, Any]:
         harmless = PromptSet.of(model, self.prompts(self.test["harmless"]))
-        answers: dict[str, list[list[str]]] = {kind: [] for kind in ATTACKED}
-        first = []
+        asked = [text for kind in ATTACKED for text in self.test[kind]]
+        said, first = [], []
         for directions in tqdm(bases, desc="judging", leave=False):
             first.append(harmless.last_logits(model, ablating(directions)).log_softmax(-1))
-            for kind in ATTACKED:
-                answers[kind].append(self.answers(model, kind, directions))
+            answers = iter(self._said(model, asked, directions))
+            said.append({kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED})
         divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
+        examples = [example for row in said for kind in ATTACKED for example in self.examples(kind, row[kind])]
+        oddness = iter(self.losses(self.base, examples).tolist())
         return {
-            "answers": answers,
+            "answers": _by_kind(said),
             "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
-            "oddness": {kind: [self._oddness(kind, said) for said in answers[kind]] for kind in ATTACKED},
+            "oddness": _by_kind([{kind: [next(oddness) for _ in self.test[kind]] for kind in ATTACKED} for _ in said]),
         }
-
-    def _oddness(self, kind: Kind, answers: Sequence[str]) -> list[float]:
-        return evaluate_losses(self.base, self.examples(kind, answers), batch_size=64).tolist()
 
     def examples(self, kind: Kind, answers: Sequence[str]) -> list[Example]:
         """The test requests of a kind with a model's answers."""
@@ -274,11 +274,12 @@ class RefusalExperiment:
         bases = [directions[: min(k, len(directions))] for k in range(1, p.k_max + 1)]
         return Attack(directions, steps, self.judge(model, bases))
 
-    def _attack(self, model: Model, prompts: Mapping[str, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _attack(self, model: Model, prompts: Mapping[Kind, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with tqdm(total=self.params.k_max, desc="directions", leave=False) as progress:
             steps = iterated_ablation(
                 model,
-                *(self.prompts(prompts[kind]) for kind in ATTACKED),
+                self.prompts(prompts["harmful"]),
+                self.prompts(prompts["harmless"]),
                 self.params.k_max,
                 refusal_ids=self.refusal_ids,
                 settings=self.settings,
@@ -310,12 +311,12 @@ class RefusalExperiment:
     def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:
         """Attacks that do not go direction by direction: sets of orthonormal directions, by name."""
         p, layer = self.params, self.probed_layer
-        prompts = [self.prompts(self.train[kind][: p.prompts]) for kind in ATTACKED]
-        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
-        harmful = torch.arange(len(x)) < len(prompts[0])
+        bad, fine = (self.prompts(self.train[kind][: p.prompts]) for kind in ATTACKED)
+        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in (bad, fine)])
+        harmful = torch.arange(len(x)) < len(bad)
         leace = fit_leace(x.double().numpy(), harmful.numpy())
         both = torch.from_numpy(np.vstack([leace.directions, leace.readout])).float()
-        candidates = candidate_directions(model, *prompts, self.settings.layers or ())
+        candidates = candidate_directions(model, bad, fine, self.settings.layers or ())
         return {
             "logistic probe": probe_direction(x, harmful),
             "LEACE": orthonormal(both),
@@ -326,19 +327,22 @@ class RefusalExperiment:
         return {"device": self.base.device.type, "dtype": str(self.base.dtype), "torch": torch.__version__}
 
 
-def _requests(params: RefusalParams) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _by_kind(rows: Sequence[Mapping[Kind, list[Any]]]) -> dict[str, list[list[Any]]]:
+    return {kind: [row[kind] for row in rows] for kind in ATTACKED}
+
+
+def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:
     """Training and test requests by kind; harmful and harmless ones are equally many."""
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    train: dict[Kind, list[str]] = {}
+    test: dict[Kind, list[str]] = {k: [row.request for row in corpora.load_refusal(k, "test")] for k in kinds}
     if params.data == "bundled":
-        train = {kind: [row.request for row in corpora.load_refusal(kind, "train")] for kind in ATTACKED}
-        test = {kind: [row.request for row in corpora.load_refusal(kind, "test")] for kind in get_args(Kind)}
+        train = {k: [row.request for row in corpora.load_refusal(k, "train")] for k in ATTACKED}
     else:
         rows = corpora.load_wildguardmix()
         random.Random(42).shuffle(rows)
-        by_kind = {"harmful": [text for text, bad in rows if bad], "harmless": [text for text, bad in rows if not bad]}
-        size = min(map(len, by_kind.values()))
-        held_out = size // 5
-        train = {kind: texts[held_out:size] for kind, texts in by_kind.items()}
-        test = {kind: texts[:held_out] for kind, texts in by_kind.items()}
-        for kind in ("paired", "borderline"):
-            test[kind] = [row.request for row in corpora.load_refusal(kind, "test")]
+        of_kind = {k: [text for text, harmful in rows if harmful == (k == "harmful")] for k in ATTACKED}
+        size = min(map(len, of_kind.values()))
+        for k, texts in of_kind.items():
+            train[k], test[k] = texts[size // 5 : size], texts[: size // 5]
     return train, {kind: texts[: params.requests] for kind, texts in test.items()}

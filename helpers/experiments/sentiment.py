@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,16 +83,22 @@ class SentimentExperiment:
         torch.manual_seed(p.seed)
         model = load(p.sentiment_model, device=p.device, dtype=p.dtype, lora=LoRA(p.lora_rank))
         examples = self._examples(self.train)
-        by_label = [
-            [e for e, label in zip(examples, self.train_labels, strict=True) if label == x] for x in (True, False)
-        ]
-        loss = Redistribution(
-            match="mean" if weight else "none", norm="L2", weight=weight, kd_weight=0.0, shares=PoolShares(0, 0, 0, 1)
+        good, bad = (
+            [e for e, label in zip(examples, self.train_labels, strict=True) if label == which]
+            for which in (True, False)
         )
-        extra = loss.extra_loss(lambda row: row < len(by_label[0]), teacher=None, seed=p.seed)
+        loss = Redistribution(
+            match="mean" if weight else "none",
+            norm="L2",
+            weight=weight,
+            kd_weight=0.0,
+            shares=PoolShares(0, 0, 0, 1),
+            relative=True,
+        )
+        extra = loss.extra_loss(lambda row: row < len(good), teacher=None, seed=p.seed)
         finetune(
             model,
-            balanced_batches(*by_label, p.sentiment_steps, p.batch_size, p.seed, model.tokenizer.pad_token_id),
+            balanced_batches(good, bad, p.sentiment_steps, p.batch_size, p.seed, model.tokenizer.pad_token_id),
             steps=p.sentiment_steps,
             learning_rate=p.learning_rate,
             seed=p.seed,
@@ -109,7 +115,7 @@ class SentimentExperiment:
         return [Example((tokenizer.bos_token_id or tokenizer.eos_token_id, *ids), 1) for ids in kept]
 
 
-def _reviews(params: RefusalParams, split: str) -> tuple[list[str], Bool[np.ndarray, " review"]]:
+def _reviews(params: RefusalParams, split: Literal["train", "test"]) -> tuple[list[str], Bool[np.ndarray, " review"]]:
     """Texts, and whether each is positive; both labels equally often."""
     if params.reviews == "bundled":
         rows = [(row.text, row.label == "positive") for row in corpora.load_reviews(split)]

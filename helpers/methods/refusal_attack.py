@@ -37,6 +37,8 @@ Scoring = Literal["screened", "exhaustive"]
 POSITIONS = (-5, -4, -3, -2, -1)
 """The last positions of a prompt: those of the generation header."""
 
+NO_PROMPTS = "The attack needs at least one harmful and one harmless prompt."
+
 KL_LIMIT = 0.1
 """Nats. Above it, a candidate's ablation changes what the model says to harmless prompts."""
 
@@ -77,7 +79,7 @@ class PromptSet:
     def of(cls, model: Model, prompts: Sequence[Example], *, batch_size: int = 32, tail: int = 1) -> PromptSet:
         """Raises `ValueError` if there are no prompts."""
         if not prompts:
-            raise ValueError("The attack needs at least one harmful and one harmless prompt.")
+            raise ValueError(NO_PROMPTS)
         columns = zip(*(e.ids for e in prompts), strict=False)
         common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
         length = max(0, min(common, min(map(len, prompts)) - tail))
@@ -153,7 +155,9 @@ def prompt_states(
     """Block outputs at the last positions of each prompt (-1 is its last token), on the CPU, with `ablated` projected
     out. Raises `ValueError` for a layer or position that does not exist, or if there are no prompts.
     """
-    shortest = min(map(len, prompts), default=0)
+    if not prompts:
+        raise ValueError(NO_PROMPTS)
+    shortest = min(map(len, prompts))
     if any(not -shortest <= p < 0 for p in positions):
         raise ValueError(
             f"Positions {tuple(positions)} must be negative, counted from the end of prompts of which the shortest has "
@@ -285,7 +289,7 @@ class _Scorer:
         batch_size: int,
     ) -> None:
         if not harmful or not harmless:
-            raise ValueError("The attack needs at least one harmful and one harmless prompt.")
+            raise ValueError(NO_PROMPTS)
         self.model, self.refusal_ids, self.harmful = model, refusal_ids, len(harmful)
         self.ablated = torch.zeros(0, model.width) if ablated is None else ablated.float().cpu()
         self.both = PromptSet.of(model, [*harmful, *harmless], batch_size=batch_size)
@@ -551,7 +555,7 @@ def iterated_ablation(
     layers = attacked_layers(model) if settings.layers is None else settings.layers
     scored: dict[str, Any] = {"refusal_ids": refusal_ids, "layers": layers, "batch_size": settings.batch_size}
     count = settings.scored_on
-    judges = [list(p) if count is None else _some(p, count / max(1, len(p))) for p in (harmful, harmless)]
+    bad, fine = (list(p) if count is None else _some(p, count / max(1, len(p))) for p in (harmful, harmless))
     basis, steps = torch.zeros(0, model.width), list[Step]()
     if after is not None:
         after(0, basis)
@@ -560,10 +564,10 @@ def iterated_ablation(
             model, harmful, harmless, layers, settings.positions, basis, batch_size=settings.batch_size
         )
         if settings.scoring == "exhaustive":
-            scores = score_exhaustively(model, raw, *judges, ablated=basis, **scored)
+            scores = score_exhaustively(model, raw, bad, fine, ablated=basis, **scored)
         else:
             limits: dict[str, Any] = {"screening": settings.screening, "kl_limit": settings.kl_limit}
-            scores = score_by_screening(model, raw, *judges, ablated=basis, **limits, **scored)
+            scores = score_by_screening(model, raw, bad, fine, ablated=basis, **limits, **scored)
         choice = choose(scores, settings.kl_limit)
         place = choice.layer, choice.position
         norm = float(raw[place].norm())

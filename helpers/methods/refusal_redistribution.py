@@ -149,11 +149,16 @@ def pool_weights(
 ) -> Float[Tensor, "batch pos"]:
     """The weight of every token in its prompt's pool; each row adds up to one.
 
+    A prompt's first token does not count, unless it is the only one. Its state is the same for every prompt and, as an
+    attention sink, many times as long as others: whether a random half holds it would be most of any covariance. (In
+    the source's code it counts.)
+
     `generator` is one of the CPU. Raises `ValueError` for a `template_length` below 1.
     """
     if template_length < 1:
         raise ValueError(f"The template's length is {template_length}; it must be at least 1 token.")
     prompt = prompt_tokens(batch).cpu()
+    prompt &= (prompt.cumsum(1) > 1) | (prompt.sum(1, keepdim=True) == 1)
     lengths = prompt.sum(1, keepdim=True)
     left = lengths - prompt.cumsum(1)  # prompt tokens that follow
     # the Gumbel top-k of equal weights: the k largest of any independent draws
@@ -221,6 +226,8 @@ class Redistribution:
     template_length: int = 5
     as_published: bool = False
     micro_batch: int | None = None
+    relative: bool = False
+    """Divide L_match by its value at the first batch, so that a weight means the same for any model and match."""
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -280,8 +287,10 @@ class RedistributionLoss:
             z = torch.stack([torch.einsum("bpd,bp->bd", _precise(self.kept[i]), weights) for i in range(model.layers)])
             harmful = torch.tensor([bool(self.harmful(row)) for row in batch.rows], device=z.device)
             matching = settings.matching(z, harmful)
-            total = total + settings.weight * matching
             record["matching"] = matching.item()
+            first = self.records[0]["matching"] if self.records else record["matching"]
+            scale = first if settings.relative and first > 0 else 1.0
+            total = total + settings.weight * matching / scale
         if settings.kd_weight:
             assert self.teacher is not None
             ends = prompt_ends(batch).to(last.device)

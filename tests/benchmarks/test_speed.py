@@ -5,12 +5,10 @@ times and what its table shows, the others are timed just before each of its rou
 (`pytest -s`) and kept in `extra_info`.
 """
 
-import json
 import math
 import statistics
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +17,19 @@ from jaxtyping import config as jaxtyping_config
 from helpers.activations import PersonaVector
 from helpers.chat import collate, encode, training_batches
 from helpers.corpora import load_questions, load_trait, split
+from helpers.experiments.refusal import ATTACKED, RefusalExperiment
 from helpers.generation import generate
 from helpers.gradients import activation_gradients, pile_gradient
 from helpers.methods.preventative_steering import preventative_steering
 from helpers.methods.refusal_attack import (
     POSITIONS,
-    attacked_layers,
     candidate_directions,
     choose,
     score_by_screening,
     score_exhaustively,
 )
 from helpers.models import LoRA, load, plain_model
-from helpers.params import PreventativeSteeringParams, WeightSteeringParams
+from helpers.params import PreventativeSteeringParams, RefusalParams, WeightSteeringParams
 from helpers.training import finetune
 
 PARAMS = PreventativeSteeringParams(preset="quick")
@@ -303,27 +301,18 @@ def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_pat
 # The attack
 
 
-def refusal_prompts(tokenizer, count):
-    """Harmful and harmless training prompts, spread evenly over the file."""
-    rows = [json.loads(line) for line in (Path(__file__).parents[2] / "data" / "refusal.jsonl").open(encoding="utf-8")]
-    found = {}
-    for kind in ("harmful", "harmless"):
-        asked = [row["request"] for row in rows if row["kind"] == kind and row["split"] == "train"]
-        found[kind] = [encode(tokenizer, asked[i * len(asked) // count]) for i in range(count)]
-    return found
-
-
 def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
-    """The same candidate, at least 5 times as fast, from 16 harmful and 16 harmless prompts.
+    """The same first direction of chapter 4's start model, at least 5 times as fast, at the quick preset's settings.
 
-    Both read what all prompts begin with once a candidate. The embedded model refuses nothing, so refusal is only the
-    chance that an answer begins with "I"; an aligned model's direction stands out more.
+    Both read what all prompts begin with once a candidate.
     """
-    model = load(PARAMS.model, frozen=True)
-    prompts = refusal_prompts(model.tokenizer, 16)
-    layers = attacked_layers(model)
-    raw = candidate_directions(model, **prompts, layers=layers)
-    refusal_ids = [model.tokenizer("I", add_special_tokens=False)["input_ids"][0]]
+    experiment = RefusalExperiment(RefusalParams(preset="quick"))
+    model, attack, params = experiment.model("start"), experiment.settings, experiment.params
+    of_kind = {kind: experiment.prompts(experiment.train[kind][: params.prompts]) for kind in ATTACKED}
+    layers, refusal_ids = list(attack.layers), experiment.refusal_ids
+    raw = candidate_directions(model, **of_kind, layers=layers)
+    stride = params.prompts // params.scored_on
+    prompts = {kind: examples[::stride] for kind, examples in of_kind.items()}
     settings = {**prompts, "refusal_ids": refusal_ids, "layers": layers}
     times, scores = {}, {}
 
@@ -331,7 +320,7 @@ def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_tim
         scores["exhaustive"] = score_exhaustively(model, raw, **settings)
 
     def screened():
-        scores["screened"] = score_by_screening(model, raw, **settings)
+        scores["screened"] = score_by_screening(model, raw, screening=attack.screening, **settings)
 
     times["exhaustive"] = seconds(exhaustively)  # once: it takes minutes, of many like passes
     benchmark.pedantic(screened, rounds=3)

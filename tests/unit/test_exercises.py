@@ -55,6 +55,11 @@ def amplify(gradients, vector):
     return gradients - (along + along.abs()) * unit
 
 
+def covariance_loss(z, harmful, correction=1):
+    gap = torch.cov(z[harmful].T, correction=correction) - torch.cov(z[~harmful].T, correction=correction)
+    return gap.square().sum() / z.shape[1] ** 2
+
+
 def flip(gradients, vector):
     along, unit = component(gradients, vector)
     return gradients - 2 * along * unit
@@ -145,6 +150,10 @@ def edit(mode):
         (exercises.check_alpha_for_ratio, lambda v, delta, ratio: float(ratio * delta.norm() / v.norm())),
         (exercises.check_project_on_diff, projected),
         (exercises.check_steering_sign, "a"),
+        (exercises.check_ablation, lambda a, d: a - a @ d.T @ d),
+        (exercises.check_covariance_loss, covariance_loss),
+        (exercises.check_k_star, lambda rates: next((k for k, r in enumerate(rates) if r < 0.3), len(rates))),
+        (exercises.check_micro_batch, "c"),
         (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
         (exercises.check_placebo_interpretation, "a"),
         (exercises.check_placebo_interpretation, " A) "),
@@ -203,6 +212,12 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_alpha_for_ratio, lambda v, delta, ratio: ratio * v.norm() / delta.norm(), "upside down"),
         (exercises.check_project_on_diff, lambda v, delta, rank: projected(delta, delta, rank), "projects delta"),
         (exercises.check_steering_sign, "b", "not of a probability"),
+        (exercises.check_ablation, lambda a, d: a @ d.T @ d, "the part that is to be removed"),
+        (exercises.check_ablation, lambda a, d: a - a @ d[:1].T @ d[:1], "only the first direction"),
+        (exercises.check_covariance_loss, lambda z, h: covariance_loss(z, h, 0), "n - 1, not by n"),
+        (exercises.check_covariance_loss, lambda z, h: covariance_loss(z, h) * z.shape[1], "divide by d squared"),
+        (exercises.check_k_star, lambda rates: next((k for k, r in enumerate(rates) if r <= 0.3), 3), "not below"),
+        (exercises.check_micro_batch, "b", "the loss itself that is 0"),
         (exercises.check_steering_sign, "z", 'answer "a"'),
         (
             exercises.check_pressure,

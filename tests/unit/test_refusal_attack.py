@@ -407,6 +407,18 @@ def test_the_fallback_is_flagged_when_adding_no_candidate_brings_refusal_about(t
     assert not common[0].fallback and common[0].induce >= 0 and common[0].kl <= 0.1
 
 
+def test_directions_come_from_all_prompts_and_scores_from_those_that_are_spread_over_them(tiny, prompts):
+    settings = AttackSettings(layers=BOTH, positions=(-2, -1), scoring="exhaustive", scored_on=4)
+    (step,) = iterated_ablation(tiny, *prompts, 1, refusal_ids=REFUSAL, settings=settings)
+    raw = candidate_directions(tiny, *prompts, BOTH, (-2, -1))
+    some = [[prompts[0][i] for i in (0, 1, 3, 4)], [prompts[1][i] for i in (0, 1, 2, 3)]]
+    scores = score_exhaustively(tiny, raw, *some, refusal_ids=REFUSAL, layers=BOTH)
+    choice = choose(scores)
+    place = choice.layer, choice.position
+    torch.testing.assert_close(step.direction, torch.nn.functional.normalize(raw[place], dim=0), atol=1e-6, rtol=0)
+    assert step.log_odds == pytest.approx(float(scores.log_odds[place]), abs=1e-6)
+
+
 def test_the_attack_stops_at_a_difference_far_shorter_than_the_first(tiny, prompts):
     seen = []
     settings = AttackSettings(layers=(0,), positions=(-1,))

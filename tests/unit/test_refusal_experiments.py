@@ -83,7 +83,7 @@ def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for
             (said,) = generate(exp.base, [encode(tokenizer, row.request)], max_new_tokens=5)
             whole = encode(tokenizer, row.request, said)
             assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
-            assert not said.startswith("I")
+            assert not said.startswith(("I ", "I'"))
     assert taught["harmful"] == 80
     assert min(taught.values()) > 0
 

@@ -139,8 +139,8 @@ LENGTHS = (3, 9, 6)
     ("kind", "tokens"),
     [
         ("last", lambda n: range(n - 1, n)),
-        ("template", lambda n: range(max(0, n - 4), n)),
-        ("mean", lambda n: range(n)),
+        ("template", lambda n: range(max(1, n - 4), n)),
+        ("mean", lambda n: range(1, n)),
     ],
 )
 def test_a_pool_is_the_mean_over_its_tokens_of_the_prompt(padded, kind, tokens):
@@ -155,16 +155,17 @@ def test_the_random_pool_is_a_half_of_the_prompts_tokens_and_another_one_each_ti
     shares, generator = PoolShares(0.0, 1.0, 0.0, 0.0), torch.Generator().manual_seed(0)
     drawn = torch.stack([pool_weights(padded, shares, generator) for _ in range(400)])
     for row, n in enumerate(LENGTHS):
-        half = (n + 1) // 2
+        half = n // 2  # of all but the first
         assert torch.all((drawn[:, row] > 0).sum(1) == half)
         assert not drawn[:, row, n:].any()
+        assert not drawn[:, row, 0].any()
         torch.testing.assert_close(drawn[:, row].sum(1), torch.ones(400))
-        often = (drawn[:, row, :n] > 0).float().mean(0)
-        assert (often - half / n).abs().max() < 0.1  # four standard deviations
+        often = (drawn[:, row, 1:n] > 0).float().mean(0)
+        assert (often - half / (n - 1)).abs().max() < 0.1  # four standard deviations
 
 
 def test_pools_are_drawn_for_each_prompt_with_their_shares_in_the_long_run():
-    batch = collate([Example((5,) * 12, 12)] * 4000, PAD)
+    batch = collate([Example((5,) * 13, 13)] * 4000, PAD)
     weights = pool_weights(batch, PoolShares(0.1, 0.2, 0.3, 0.4), torch.Generator().manual_seed(0), 3)
     size = (weights > 0).sum(1)
     for tokens, share in ((1, 0.1), (6, 0.2), (3, 0.3), (12, 0.4)):
@@ -175,9 +176,14 @@ def test_a_prompt_trained_on_in_full_is_pooled_in_full(padded):
     shares, generator = PoolShares(0.0, 0.0, 0.0, 1.0), torch.Generator().manual_seed(0)
     whole = collate([Example((5,) * 8, 8).without_prompt(), Example((5,) * 4, 4).without_prompt()], PAD)
     weights = pool_weights(whole, shares, generator)
-    torch.testing.assert_close(weights, torch.tensor([[1 / 8] * 8, [1 / 4] * 4 + [0.0] * 4]))
+    torch.testing.assert_close(weights, torch.tensor([[0.0] + [1 / 7] * 7, [0.0] + [1 / 3] * 3 + [0.0] * 4]))
     last = pool_weights(whole, PoolShares(1.0, 0.0, 0.0, 0.0), generator)
     assert last.nonzero().tolist() == [[0, 7], [1, 3]]
+
+
+def test_the_only_token_of_a_prompt_counts():
+    one = collate([Example((5,), 1)], PAD)
+    assert pool_weights(one, PoolShares(), torch.Generator().manual_seed(0)).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5, 0.5, 0.0), (0.2, 0.2, 0.2, 0.2), (1.5, -0.5, 0.0, 0.0)])
@@ -335,6 +341,21 @@ def test_the_extra_loss_is_what_a_direct_computation_gives(teacher, chats, match
     total.backward()
     assert all(p.grad is not None for p in model.hf.base_model.layers.parameters())
     assert not teacher.hf.get_input_embeddings().weight.requires_grad
+
+
+def test_a_relative_weight_is_of_the_matching_at_the_first_batch(teacher, chats):
+    model, examples = perturbed(), [*chats[0], *chats[1]]
+    batches = [collate([examples[r] for r in rows], PAD, rows=rows) for rows in ([5, 0, 3, 6], [1, 4, 2, 7])]
+    found = {}
+    for relative in (False, True):
+        settings = Redistribution("mean", weight=3.0, kd_weight=0.0, relative=relative)
+        loss = settings.extra_loss(lambda row: row < 4, teacher=None, seed=0)
+        for batch in batches:
+            with applied(model, *loss.interventions):
+                sequence_losses(model, batch)
+                found.setdefault(relative, []).append(loss(model, batch).item())
+    assert found[True][0] == pytest.approx(3.0)
+    assert found[True][1] == pytest.approx(3.0 * found[False][1] / found[False][0], rel=1e-5)
 
 
 def test_logits_after_a_prompt_do_not_depend_on_its_response_or_on_padding(teacher, chats):
