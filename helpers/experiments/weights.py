@@ -267,7 +267,8 @@ class WeightExperiment:
         losses = sequence_losses if loss == "cross-entropy" else partial(sequence_divergences, reference=self.base)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            release_memory()  # freed blocks of other sizes would lie beside the activations
+            if loss == "KL":
+                release_memory()  # two models' logits at once: freed blocks of other sizes must not lie beside them
             found = pile_gradient(model, examples, loss=losses, batch_size=batch_size)
             halved = {name: gradient.bfloat16() for name, gradient in found.items()}
             del found

@@ -131,7 +131,7 @@ def test_a_condition_is_its_loss(condition, match, norm, kd, as_published):
     found = redistribution(condition, params())
     assert (found.match, found.kd_weight, found.as_published) == (match, kd, as_published)
     assert match == "none" or found.norm == norm
-    assert found.weight == 100.0
+    assert found.weight == 1.0 and found.relative
 
 
 @pytest.mark.parametrize("condition", ["start", "Cov+DK", "LM as published"])
