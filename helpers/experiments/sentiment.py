@@ -92,7 +92,7 @@ class SentimentExperiment:
             norm="L2",
             weight=weight,
             kd_weight=0.0,
-            shares=PoolShares(0, 0, 0, 1),
+            shares=PoolShares(0.0, 0.0, 0.0, 1.0),
             relative=True,
         )
         extra = loss.extra_loss(lambda row: row < len(good), teacher=None, seed=p.seed)
