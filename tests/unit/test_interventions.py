@@ -5,7 +5,7 @@ import torch
 
 from helpers.chat import collate
 from helpers.interventions import Ablate, EditGradient, Steer, applied, edit_component
-from helpers.losses import sequence_losses
+from helpers.losses import token_losses
 from helpers.models import load
 
 PAD = 2
@@ -202,7 +202,7 @@ def test_an_edited_gradient_has_the_wanted_component_and_is_otherwise_the_same(m
 def gradients_of(model, batch, *interventions):
     """Loss and weight gradients."""
     with applied(model, *interventions):
-        loss = sequence_losses(model, batch).sum()
+        loss = token_losses(model, batch)[0].sum()  # whole rows, with a hook or without
         names, parameters = zip(*model.hf.named_parameters(), strict=True)
         return loss.item(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
