@@ -202,7 +202,7 @@ def test_an_edited_gradient_has_the_wanted_component_and_is_otherwise_the_same(m
 def gradients_of(model, batch, *interventions):
     """Loss and weight gradients."""
     with applied(model, *interventions):
-        loss = token_losses(model, batch)[0].sum()  # whole rows, with a hook or without
+        loss = token_losses(model, batch)[0].mean()  # whole rows, with a hook or without
         names, parameters = zip(*model.hf.named_parameters(), strict=True)
         return loss.item(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
