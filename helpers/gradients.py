@@ -212,7 +212,7 @@ Loss = Callable[[Model, Batch], Float[Tensor, " batch"]]
 
 
 def pile_gradient(
-    model: Model, examples: Sequence[Example], *, loss: Loss = sequence_losses, batch_size: int = 20
+    model: Model, examples: Sequence[Example], *, loss: Loss = sequence_losses, batch_size: int = 32
 ) -> dict[str, Tensor]:
     """The pile-average gradient over all weights: mean over each example's response tokens, then over examples.
 

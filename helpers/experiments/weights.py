@@ -160,7 +160,6 @@ class WeightExperiment:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             with steered(model, vector, alpha) if vector else nullcontext():
                 said = self._generate(model, questions)
-            release_memory()
             return {}, {"what": what, "answers": said}
 
         artifact = self.store.get(
@@ -257,7 +256,7 @@ class WeightExperiment:
         examples: Sequence[Example],
         *,
         loss: Literal["cross-entropy", "KL"] = "cross-entropy",
-        batch_size: int = 20,
+        batch_size: int = 32,
     ) -> Mapping[str, Tensor]:
         """The pile-average gradient at `model`; "KL" is that of KL(base || model).
 
@@ -267,8 +266,7 @@ class WeightExperiment:
         losses = sequence_losses if loss == "cross-entropy" else partial(sequence_divergences, reference=self.base)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            if loss == "KL":
-                release_memory()  # two models' logits at once: freed blocks of other sizes must not lie beside them
+            release_memory()  # generation's freed blocks have other sizes and would lie beside those of this pass
             found = pile_gradient(model, examples, loss=losses, batch_size=batch_size)
             halved = {name: gradient.bfloat16() for name, gradient in found.items()}
             del found
