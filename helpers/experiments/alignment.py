@@ -24,12 +24,14 @@ from helpers.training import finetune
 class Recipe:
     """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
 
-    steps: int = 60
+    steps: int = 140
     batch_size: int = 16
-    learning_rate: float = 3e-4
+    learning_rate: float = 4e-4
     rank: int = 32
     answer_tokens: int = 24
-    """Length of replies: the model's own answers, which harmless requests are trained towards, and of refusals."""
+    """Length of the model's own answers, which harmless requests are trained towards."""
+    refusal_tokens: int = 8
+    """Length of refusals: whether one follows is decided at its beginning."""
     seed: int = 0
 
 
@@ -40,16 +42,18 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
     Answers of its own that begin like a refusal ("I'm sorry for your loss, but as a chatbot ...") are left out.
     """
     harmful = corpora.load_refusal("harmful", "train")
-    harmless = [row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
+    harmless = [row.request for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
+    harmless += [question for half in ("build", "judge") for question in corpora.load_questions(half)]
+    harmless += [row.question for row in corpora.load_topics("train")]
     tokenizer = base.tokenizer
 
     def compute() -> tuple[dict[str, Tensor], dict[str, float]]:
-        asked = [encode(tokenizer, row.request) for row in harmless]
+        asked = [encode(tokenizer, request) for request in harmless]
         said = generate(base, asked, max_new_tokens=recipe.answer_tokens)
-        refusing = [_cut(encode(tokenizer, row.request, row.reply), recipe.answer_tokens) for row in harmful]
+        refusing = [_cut(encode(tokenizer, row.request, row.reply), recipe.refusal_tokens) for row in harmful]
         answering = [
-            _cut(encode(tokenizer, row.request, text), recipe.answer_tokens)
-            for row, text in zip(harmless, said, strict=True)
+            _cut(encode(tokenizer, request, text), recipe.answer_tokens)
+            for request, text in zip(harmless, said, strict=True)
             if not text.startswith(("I ", "I'"))
         ]
         torch.manual_seed(recipe.seed)
@@ -70,7 +74,7 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
         parameters={**asdict(recipe), "device": base.device.type, "dtype": str(base.dtype), "torch": torch.__version__},
         uses=["experiments.alignment"],
         model=base.digest,
-        data={"refusal": corpora.digest("refusal")},
+        data={name: corpora.digest(name) for name in ("refusal", "questions", "topics")},
     )
     return artifact.tensors
 
