@@ -68,20 +68,23 @@ def batches_of(monkeypatch):
 
 
 def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for_harmless_ones(exp, batches_of):
-    recipe = Recipe(steps=40, batch_size=4, answer_tokens=5, seed=3)
+    recipe = Recipe(steps=40, batch_size=4, answer_tokens=5, refusal_tokens=3, seed=3)
     align(exp.base, recipe)
     tokenizer = exp.base.tokenizer
-    rows = {row.request: row for row in corpora.load_refusal(split="train")}
-    taught = dict.fromkeys(("harmful", "harmless", "paired"), 0)
+    kinds = {row.request: row.kind for row in corpora.load_refusal(split="train")}
+    questions = [question for half in ("build", "judge") for question in corpora.load_questions(half)]
+    kinds |= dict.fromkeys([*questions, *(row.question for row in corpora.load_topics("train"))], "question")
+    refusals = {row.request: row.reply for row in corpora.load_refusal("harmful", "train")}
+    taught = dict.fromkeys(("harmful", "harmless", "paired", "question"), 0)
     for prompt, reply in batches_of:
-        (row,) = [row for request, row in rows.items() if f"user\n{request}<" in prompt]
-        taught[row.kind] += 1
-        if row.kind == "harmful":
-            whole = encode(tokenizer, row.request, row.reply)
-            assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
+        (request,) = [request for request in kinds if f"user\n{request}<" in prompt]
+        taught[kinds[request]] += 1
+        if request in refusals:
+            whole = encode(tokenizer, request, refusals[request])
+            assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:3])
         else:
-            (said,) = generate(exp.base, [encode(tokenizer, row.request)], max_new_tokens=5)
-            whole = encode(tokenizer, row.request, said)
+            (said,) = generate(exp.base, [encode(tokenizer, request)], max_new_tokens=5)
+            whole = encode(tokenizer, request, said)
             assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
             assert not said.startswith(("I ", "I'"))
     assert taught["harmful"] == 80
