@@ -473,7 +473,6 @@ _REFUSAL_FULL = {
     "exact": 6,
     "steps": 100,
     "max_new_tokens": 48,
-    "sentiment_reviews": 320,
     "sentiment_weights": (0.0, 1.0, 10.0, 100.0),
     "sentiment_steps": 40,
     "resamples": 10_000,

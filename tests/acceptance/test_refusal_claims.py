@@ -45,4 +45,5 @@ def test_the_start_model_tells_held_out_harmful_requests_from_harmless_ones(refu
 
 def test_one_direction_drops_harmful_refusal_below_thirty_per_cent(chapter):
     refused = chapter.attack("start").judged.refused("harmful").mean(1)
-    assert refused[1] < SUPPRESSED < refused[0]
+    assert refused[0] >= 0.9
+    assert refused[1] < SUPPRESSED
