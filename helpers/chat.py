@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -122,6 +123,13 @@ def collate(
         attention[i, start : start + len(e)] = True
         response[i, start + e.prompt_length : start + len(e)] = True
     return Batch(ids, attention, response, tuple(rows if rows is not None else range(len(examples))))
+
+
+def shared_start(examples: Sequence[Example], tail: int = 1) -> int:
+    """How many tokens all examples begin with (the template's system message), their last `tail` tokens left out."""
+    columns = zip(*(e.ids for e in examples), strict=False)
+    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return max(0, min(common, min(map(len, examples), default=0) - tail))
 
 
 def batches(

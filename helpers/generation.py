@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from tqdm import tqdm
 
-from helpers.chat import Example, batches
-from helpers.interventions import Intervention, applied
-from helpers.models import Model
+from helpers.chat import Example, batches, shared_start
+from helpers.interventions import Ablate, Intervention, applied
+from helpers.models import Model, repeated
 
 
 @torch.inference_mode()
@@ -26,9 +26,13 @@ def generate(
 ) -> list[str]:
     """One answer per prompt, in the order given; greedy at temperature 0.
 
-    Weights are held in the model's compute precision while decoding, where reading them is most of the cost.
+    Weights are held in the model's compute precision while decoding, where reading them is most of the cost. What all
+    prompts begin with (a system message) is read once, unless an intervention has to know its positions.
     """
     answers = [""] * len(prompts)
+    interventions = tuple(interventions)
+    shared = shared_start(prompts) if all(isinstance(i, Ablate) for i in interventions) else 0
+    rest = [Example(e.ids[shared:], e.prompt_length - shared) for e in prompts]
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature
@@ -39,18 +43,26 @@ def generate(
     # sequence: gigabytes, and a quarter of the time.
     packed = model.hf.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     with packed, applied(model, *interventions), model.weights_in(model.dtype), model.autocast():
-        todo = batches(prompts, batch_size, model.tokenizer.pad_token_id, side="left")
+        todo = batches(rest, batch_size, model.tokenizer.pad_token_id, side="left")
+        start = model.read_start(prompts[0].ids[:shared]) if shared else None
         for batch in tqdm(todo, desc=label, leave=False, unit="batch", disable=len(todo) < 2):
             batch = batch.to(model.device)
+            ids, mask = batch.ids, batch.attention.long()
+            cache = {}
+            if start is not None:  # [start, padding, rest]: positions count what the mask keeps
+                first = torch.tensor(prompts[0].ids[:shared], device=model.device).expand(len(ids), -1)
+                ids, mask = torch.cat([first, ids], 1), torch.nn.functional.pad(mask, (shared, 0), value=1)
+                cache = {"past_key_values": repeated(start, len(batch.rows))}
             with model.reading(batch):
                 out = model.hf.generate(
-                    input_ids=batch.ids,
-                    attention_mask=batch.attention.long(),
+                    input_ids=ids,
+                    attention_mask=mask,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=model.tokenizer.pad_token_id,
+                    **cache,
                     **sampling,
                 )
-            texts = model.tokenizer.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
+            texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for row, text in zip(batch.rows, texts, strict=True):
                 answers[row] = text.strip()
     return answers

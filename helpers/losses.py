@@ -7,11 +7,10 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from helpers.chat import Batch, Example, batches
 from helpers.interventions import Intervention, applied
-from helpers.models import Model
+from helpers.models import Model, repeated
 
 WORTH_SHARING = 8
 """Fewer tokens than this are not worth a pass of their own."""
@@ -42,10 +41,8 @@ def response_logits(model: Model, batch: Batch, *, share_prefix: bool = False) -
     inputs = {"input_ids": batch.ids[:, shared:], "attention_mask": batch.attention.long(), "use_cache": False}
     with model.reading(batch), model.autocast():
         if shared:
-            cache = DynamicCache(config=model.hf.config)
-            read(input_ids=batch.ids[:1, :shared], past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(len(batch.rows))
-            inputs |= {"past_key_values": cache, "use_cache": True}
+            start = model.read_start(batch.ids[0, :shared].tolist())
+            inputs |= {"past_key_values": repeated(start, len(batch.rows)), "use_cache": True}
         hidden = read(**inputs)[0]
         logits = model.hf.get_output_embeddings()(hidden[batch.predicting[:, shared:]])
         cap = getattr(model.hf.config, "final_logit_softcapping", None)

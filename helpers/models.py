@@ -109,6 +109,11 @@ class Model:
         finally:
             self.current = before
 
+    def read_start(self, ids: Sequence[int]) -> Any:
+        """The key-value cache of one row after these tokens: what many prompts begin with is read once."""
+        tokens = torch.tensor([list(ids)], device=self.device)
+        return self.hf.base_model(input_ids=tokens, use_cache=True).past_key_values
+
     def positions(self, where: Where, length: int) -> Bool[Tensor, "batch pos"] | None:
         """Mask of the positions named by `where` in the pass now running, or None for every position.
 
@@ -147,6 +152,16 @@ class Model:
     def trained_tensors(self) -> dict[str, Tensor]:
         """The tensors that training changes, named as in the plain Hugging Face or PEFT model, on the CPU."""
         return {plain_name(name): p.detach().cpu().clone() for name, p in self.hf.named_parameters() if p.requires_grad}
+
+
+def repeated(start: Any, rows: int) -> Any:
+    """A copy of a key-value cache of one row (`Model.read_start`) for `rows` rows; gradients flow through."""
+    from transformers import DynamicCache
+
+    copy = DynamicCache()
+    for layer, part in enumerate(start.layers):
+        copy.update(*(t.expand(rows, -1, -1, -1) for t in (part.keys, part.values)), layer)
+    return copy
 
 
 def plain_name(name: str) -> str:

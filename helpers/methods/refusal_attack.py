@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -27,10 +26,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.chat import Batch, Example, batches
+from helpers.chat import Batch, Example, batches, shared_start
 from helpers.interventions import Ablate, Hook, Intervention, Steer, applied, resid_post
 from helpers.methods.refusal_redistribution import unembed
-from helpers.models import Model
+from helpers.models import Model, repeated
 
 Scoring = Literal["screened", "exhaustive"]
 
@@ -80,9 +79,7 @@ class PromptSet:
         """Raises `ValueError` if there are no prompts."""
         if not prompts:
             raise ValueError(NO_PROMPTS)
-        columns = zip(*(e.ids for e in prompts), strict=False)
-        common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        length = max(0, min(common, min(map(len, prompts)) - tail))
+        length = shared_start(prompts, tail)
         rest = [Example(e.ids[length:], len(e) - length) for e in prompts]
         return cls(prompts[0].ids[:length], tuple(batches(rest, batch_size, model.tokenizer.pad_token_id)), len(rest))
 
@@ -95,16 +92,13 @@ class PromptSet:
     ) -> None:
         """Show `visit` each batch of what is left of the prompts, with its states after the final norm."""
         with applied(model, *interventions), model.autocast():
-            start = None
-            if self.shared:
-                ids = torch.tensor([self.shared], device=model.device)
-                start = model.hf.base_model(input_ids=ids, use_cache=True).past_key_values
+            start = model.read_start(self.shared) if self.shared else None
             for batch in self.rest:
                 batch = batch.to(model.device)
                 mask = torch.nn.functional.pad(batch.attention.long(), (len(self.shared), 0), value=1)
                 cache: dict[str, Any] = {"use_cache": False}
                 if start is not None:
-                    cache = {"past_key_values": _repeated(start, len(batch.rows)), "use_cache": True}
+                    cache = {"past_key_values": repeated(start, len(batch.rows)), "use_cache": True}
                 visit(batch, model.hf.base_model(input_ids=batch.ids, attention_mask=mask, **cache)[0])
 
     def last_logits(
@@ -118,16 +112,6 @@ class PromptSet:
 
         self.read(model, visit, interventions)
         return torch.stack([found[row] for row in range(self.count)])
-
-
-def _repeated(cache: Any, times: int) -> Any:
-    """A copy of the key-value cache of one row, for `times` rows."""
-    from transformers import DynamicCache
-
-    copy = DynamicCache()
-    for layer, part in enumerate(cache.layers):
-        copy.update(*(t.expand(times, -1, -1, -1) for t in (part.keys, part.values)), layer)
-    return copy
 
 
 def _last(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:

@@ -5,7 +5,7 @@ import torch
 
 from helpers.chat import encode
 from helpers.generation import generate
-from helpers.interventions import Steer
+from helpers.interventions import Ablate, Steer
 from helpers.models import load, plain_model
 
 NEW = 8
@@ -70,6 +70,20 @@ def test_cached_decoding_is_the_same_as_full_passes_for_every_token(talker, weig
     answers = generate(talker, prompts, max_new_tokens=NEW, interventions=steering)
     assert answers == [without_cache(weights, prompt, where) for prompt in prompts]
     assert min(len(set(answer.split())) for answer in answers) > 2
+
+
+def test_reading_the_common_start_once_changes_nothing_under_ablation(talker, prompts):
+    direction = torch.nn.functional.normalize(vector(), dim=0)[None]
+
+    class Opaque:  # an intervention that generation knows nothing of, so that every prompt is read whole
+        def hooks(self, model):
+            return Ablate(direction).hooks(model)
+
+    alone, shared = (
+        generate(talker, prompts, max_new_tokens=NEW, interventions=[kind]) for kind in (Opaque(), Ablate(direction))
+    )
+    assert shared == alone
+    assert shared != generate(talker, prompts, max_new_tokens=NEW)
 
 
 def test_steering_changes_what_is_said(talker, prompts):
