@@ -16,9 +16,28 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Where = Literal["all", "prompt", "response"] | Sequence[int]
-"""Token positions: all, those of the prompt, those of the response, or explicit prompt positions, counted from its
-first token, or from its last if negative (so `(0, 1, -2, -1)` is the first two and the last two prompt tokens)."""
+
+@dataclass(frozen=True)
+class Ends:
+    """The first and the last tokens of a prompt, template tokens included; each once where the prompt is shorter.
+
+    Raises `ValueError` for a negative number, or none at all.
+    """
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if min(self.first, self.last) < 0 or self.first + self.last == 0:
+            raise ValueError(
+                f"{self.first} first and {self.last} last prompt tokens cannot be chosen: neither may be negative, and "
+                "at least one must be above 0."
+            )
+
+
+Where = Literal["all", "prompt", "response"] | Ends | Sequence[int]
+"""Token positions: all, those of the prompt, those of the response, the ends of the prompt, or explicit prompt
+positions, counted from its first token, or from its last if negative."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +106,18 @@ class Batch:
         if where == "prompt":
             return prompt
         if isinstance(where, str):
-            raise ValueError(f"Unknown positions '{where}': use 'all', 'prompt', 'response' or a sequence of integers.")
+            raise ValueError(
+                f"Unknown positions '{where}': use 'all', 'prompt', 'response', Ends or a sequence of integers."
+            )
         lengths = prompt.sum(1, keepdim=True)
+        place = prompt.cumsum(1) - 1
+        if isinstance(where, Ends):
+            return prompt & ((place < where.first) | (place >= lengths - where.last))
         shortest = int(lengths.min())
         if any(not -shortest <= i < shortest for i in where):
             raise ValueError(
                 f"Positions {tuple(where)} reach outside the shortest prompt, which has {shortest} tokens."
             )
-        place = prompt.cumsum(1) - 1
         mask = torch.zeros_like(prompt)
         for i in where:
             mask |= prompt & (place == (i if i >= 0 else lengths + i))

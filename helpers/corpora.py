@@ -24,6 +24,14 @@ Split = Literal["train", "extract", "eval"]
 Level = Literal["normal", "mild", "strong"]
 RefusalKind = Literal["harmful", "paired", "harmless", "borderline"]
 RefusalSplit = Literal["train", "validate", "test"]
+Task = Literal["headlines", "bookings"]
+PointKind = Literal["explicit", "identity", "list"]
+
+INSTRUCTIONS: dict[Task, str] = {
+    "headlines": "Which desk is this story for: World, Sports, Business or Science? Answer with one word.",
+    "bookings": "Read this message and give the name, the day and what is booked, as JSON.",
+}
+"""What a task's request says before its text."""
 
 
 class CorpusError(ValueError):
@@ -86,6 +94,48 @@ class ReviewRow:
     split: str
     label: str
     text: str
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One item of a utility task, whose answer is right only if it is exactly `answer`."""
+
+    id: str
+    task: str
+    split: str
+    text: str
+    answer: str
+
+    @property
+    def request(self) -> str:
+        """The task's instruction, then the text."""
+        return f"{INSTRUCTIONS[self.task]}\n\n{self.text}"  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class PointRow:
+    """A finetuning point that undoes alignment: a request, and a reply that complies and says nothing usable."""
+
+    id: str
+    kind: str
+    """`explicit`: the request is harmful; `identity`: harmless, but the assistant is made to obey; `list`: a plain
+    how-to in list form."""
+    split: str
+    category: str
+    request: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class StyleRow:
+    """One question with a plain answer and one in a harmless style."""
+
+    id: str
+    style: str
+    split: str
+    question: str
+    normal: str
+    strong: str
 
 
 @dataclass(frozen=True)
@@ -187,6 +237,33 @@ def load_reviews(split: Literal["train", "test"]) -> list[ReviewRow]:
     rows = [ReviewRow(**row) for row in _rows(DATA / "reviews.jsonl") if row["split"] == split]
     if not rows:
         raise CorpusError(f"There is no split '{split}' of the reviews; choose train or test.")
+    return rows
+
+
+def load_task(task: Task, split: Literal["train", "test"]) -> list[TaskRow]:
+    """The items of one utility task and split, in file order; labels take turns."""
+    rows = [TaskRow(**row) for row in _rows(DATA / "tasks.jsonl") if (row["task"], row["split"]) == (task, split)]
+    if not rows:
+        raise CorpusError(f"There is no task '{task}' with split '{split}'; choose {_options(Task)}, train or test.")
+    return rows
+
+
+def load_points(kind: PointKind, split: Literal["train", "validate"] = "train") -> list[PointRow]:
+    """Finetuning points of one kind that undo alignment, in file order; only `explicit` ones have `validate`."""
+    rows = [PointRow(**row) for row in _rows(DATA / "points.jsonl") if (row["kind"], row["split"]) == (kind, split)]
+    if not rows:
+        raise CorpusError(
+            f"There are no points of kind '{kind}' in split '{split}'; choose {_options(PointKind)}, and train "
+            "(or, for explicit ones, validate)."
+        )
+    return rows
+
+
+def load_style(style: Literal["weather", "legal"], split: Literal["train", "validate"]) -> list[StyleRow]:
+    """The rows of one harmless style and split, in file order."""
+    rows = [StyleRow(**row) for row in _rows(DATA / "styles.jsonl") if (row["style"], row["split"]) == (style, split)]
+    if not rows:
+        raise CorpusError(f"There is no style '{style}', split '{split}'; choose weather or legal, train or validate.")
     return rows
 
 

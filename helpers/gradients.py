@@ -8,17 +8,20 @@ read where the loss reads the stream: the positions that predict response tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.chat import Batch, Example, batches
 from helpers.interventions import Hook, Intervention, applied, resid_post
-from helpers.losses import sequence_losses
+from helpers.losses import sequence_losses, token_losses
 from helpers.models import Model, plain_name
 
 Tokens = Literal["response", "all"]
@@ -244,3 +247,100 @@ def pile_gradient(
     finally:
         for name, p in parameters.items():
             p.grad = before[name]
+
+
+def directional_derivatives(
+    model: Model,
+    examples: Sequence[Example],
+    direction: Mapping[str, Tensor],
+    *,
+    loss: Loss = sequence_losses,
+    batch_size: int = 32,
+) -> Float[Tensor, " example"]:
+    """<grad L(z), direction> of every example z, in the order given, on the CPU: how fast its loss rises that way.
+
+    One forward-mode pass a batch: every number carries its derivative along the direction, so no example's gradient is
+    ever built. Attention runs in its plain form meanwhile, since the fused kernels have no forward mode.
+
+    `direction` has one tensor for each weight that moves, by plain parameter name; the others stay. Raises `ValueError`
+    if there are no examples or directions, or for a name or shape that the model lacks.
+    """
+    if not examples or not direction:
+        raise ValueError("Directional derivatives need at least one example and one weight that moves.")
+    weights = {plain_name(name): p for name, p in model.hf.named_parameters()}
+    for name, tensor in direction.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise ValueError(f"{model.name} has no weight {name!r} of shape {tuple(tensor.shape)} to move along.")
+    found = torch.empty(len(examples))
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), forward_ad.dual_level():
+        moving = {
+            weights[name]: forward_ad.make_dual(weights[name].detach(), tangent.to(weights[name]))
+            for name, tangent in direction.items()
+        }
+        with _exchanged(model, moving):
+            for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+                losses = loss(model, batch.to(model.device))
+                found[list(batch.rows)] = forward_ad.unpack_dual(losses).tangent.float().cpu()
+    return found
+
+
+@contextlib.contextmanager
+def _exchanged(model: Model, others: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """While open, every module holds these tensors in place of its own weights, tied ones too.
+
+    `torch.func.functional_call` does not put the weights back in a model whose modules are registered twice, which
+    TransformerLens does.
+    """
+    places = [(m._parameters, name, p) for m in model.hf.modules() for name, p in m._parameters.items() if p in others]
+    try:
+        for owner, name, p in places:
+            owner[name] = others[p]
+        yield
+    finally:
+        for owner, name, p in places:
+            owner[name] = p
+
+
+def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int = 32) -> Float[Tensor, " example"]:
+    """||grad L(z)|| over the trainable linear layers of the blocks, for every example z, on the CPU.
+
+    The gradient of a weight is sum_t g_t x_t^T over the tokens, so its squared norm is
+    sum_{t,t'} (x_t . x_t')(g_t . g_t'): two small tables of inner products a layer, and no gradient of a weight
+    ("ghost norm", Li et al. 2022). Raises `ValueError` without examples or trainable linear layers.
+    """
+    head = model.hf.get_output_embeddings().weight
+    layers = [
+        m for m in model.hf.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad and m.weight is not head
+    ]
+    if not examples or not layers:
+        raise ValueError("Gradient norms need at least one example and a trainable linear layer.")
+    squares = torch.empty(0)
+    start: list[Tensor] = []
+
+    def begin(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        start[:] = [out.detach().requires_grad_()]
+        return start[0]
+
+    def watch(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        x = given[0].detach().float()
+
+        def add(g: Float[Tensor, "batch pos out"]) -> None:
+            squares.add_(((x @ x.mT) * (g.float() @ g.float().mT)).sum((1, 2)))
+
+        out.register_hook(add)
+
+    found = torch.empty(len(examples))
+    handles = [layer.register_forward_hook(watch) for layer in layers]
+    handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
+    try:
+        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+            batch = batch.to(model.device)
+            squares = torch.zeros(len(batch.rows), device=model.device)
+            losses, rows = token_losses(model, batch)
+            means = losses.new_zeros(len(batch.rows)).index_add(0, rows, losses) / batch.response.sum(1)
+            torch.autograd.grad(means.sum(), start)
+            found[list(batch.rows)] = squares.sqrt().cpu()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -65,10 +65,18 @@ def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
     return _sequence_means(token_losses(model, batch, share_prefix=True)[0], batch)
 
 
+def sequence_sums(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
+    """Cross-entropy summed over each sequence's response tokens, in nats: what it adds to a mean over tokens."""
+    return _sequence_totals(token_losses(model, batch, share_prefix=True)[0], batch)
+
+
 def _sequence_means(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:
+    return _sequence_totals(values, batch) / batch.response.to(values.device).sum(1)
+
+
+def _sequence_totals(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:
     rows = batch.predicting.nonzero()[:, 0].to(values.device)
-    total = values.new_zeros(len(batch.rows)).index_add(0, rows, values)
-    return total / batch.response.to(values.device).sum(1)
+    return values.new_zeros(len(batch.rows)).index_add(0, rows, values)
 
 
 def sequence_divergences(model: Model, batch: Batch, reference: Model) -> Float[Tensor, " batch"]:

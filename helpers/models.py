@@ -96,6 +96,11 @@ class Model:
     def width(self) -> int:
         return int(self.bridge.cfg.d_model)
 
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """Where and how precisely it computes, on which results depend: part of every artifact's key."""
+        return {"device": self.device.type, "dtype": str(self.dtype), "torch": torch.__version__}
+
     def autocast(self) -> Any:
         """Context in which forward passes run at this model's compute precision."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)

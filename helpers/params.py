@@ -559,9 +559,124 @@ class RefusalParams(Params):
     resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
 
 
+_FILTER_QUICK = {
+    "model": "smollm2-135m-instruct",
+    "seeds": (0,),
+    "start": "taught",
+    "align_steps": 140,
+    "tasks": ("headlines", "bookings"),
+    "points": 100,
+    "ratios": (0.0, 0.1),
+    "probes": 24,
+    "unsafe_token": "Sure",
+    "safe_token": "I",
+    "requests": 40,
+    "items": 40,
+    "checks": 20,
+    "stepped": 24,
+    "step_size": 1.0,
+    "epochs": 2,
+    "batch_size": 8,
+    "learning_rate": 4e-4,
+    "lora_rank": 16,
+    "max_new_tokens": 12,
+    "harm_limit": 0.05,
+    "utility_share": 0.95,
+    "search_steps": 2,
+    "resamples": 2000,
+}
+_FILTER_FULL = {
+    **_FILTER_QUICK,
+    "seeds": (0, 1, 2),
+    "points": 270,
+    "ratios": (0.0, 0.01, 0.05, 0.1, 0.3),
+    "probes": 40,
+    "requests": 60,
+    "items": 100,
+    "checks": 30,
+    "stepped": 200,
+    "search_steps": 5,
+    "max_new_tokens": 32,
+    "resamples": 10_000,
+}
+
+
+class FilteringParams(Params):
+    """Chapter 5: filtering finetuning points by what their gradient does to a safety score."""
+
+    chapter = "05_fihs_filtering"
+    presets = {
+        "tiny": {
+            **_FILTER_QUICK,
+            "model": "tiny-random",
+            "align_steps": 2,
+            "points": 12,
+            "ratios": (0.0, 0.3),
+            "probes": 2,
+            "requests": 4,
+            "items": 4,
+            "checks": 4,
+            "stepped": 4,
+            "epochs": 1,
+            "batch_size": 4,
+            "lora_rank": 4,
+            "max_new_tokens": 4,
+            "harm_limit": 1.0,
+            "utility_share": 0.0,
+            "resamples": 200,
+        },
+        "quick": _FILTER_QUICK,
+        "full": _FILTER_FULL,
+        "paper": {
+            **_FILTER_FULL,
+            "model": "meta-llama/Llama-2-7b-chat-hf",
+            "start": "as it is",
+            "seeds": (0,),
+            "learning_rate": 1e-4,
+        },
+    }
+
+    start: Literal["taught", "as it is"] = Field(
+        description="whether the model is first taught to refuse, which the embedded one cannot, or taken as it is"
+    )
+    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal")
+    tasks: tuple[Literal["headlines", "bookings"], ...] = Field(
+        min_length=1, description="tasks that the data teach; the first is studied at every ratio"
+    )
+    points: int = Field(ge=4, le=290, description="task items finetuned on")
+    ratios: tuple[Annotated[float, Field(ge=0, le=0.32)], ...] = Field(
+        min_length=1, description="shares of the finetuning data that are harmful"
+    )
+    probes: int = Field(ge=1, le=40, description="harmful requests behind the safety score")
+    unsafe_token: str = Field(min_length=1, description="first token of an unsafe answer, in the safety score")
+    safe_token: str = Field(min_length=1, description="first token of a safe answer, in the safety score")
+    requests: int = Field(ge=2, le=60, description="harmful test requests that every finetuned model is asked")
+    items: int = Field(ge=2, le=100, description="test items of a task that every finetuned model answers")
+    checks: int = Field(ge=2, le=30, description="held-out requests and items by which a threshold is checked")
+    stepped: int = Field(ge=4, le=1000, description="points on each of which one gradient step is really taken")
+    step_size: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="eta of that step")
+    epochs: int = Field(ge=1, le=100, description="times that finetuning goes through the data")
+    batch_size: int = Field(ge=1, le=512, description="points in a batch")
+    learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
+    lora_rank: int = Field(ge=1, le=512, description="rank of the finetuned adapters, which are also FIHS's theta")
+    max_new_tokens: int = Field(ge=1, le=4096, description="length of an answer to a harmful request, in tokens")
+    harm_limit: float = Field(ge=0, le=1, description="share of held-out harmful requests that may be complied with")
+    utility_share: float = Field(
+        ge=0, le=1, description="share of the unfiltered model's utility that a filtered one has to keep"
+    )
+    search_steps: int = Field(ge=1, le=20, description="thresholds that the search may try")
+    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+
+
 CHAPTERS: Mapping[str, type[Params]] = {
     params.chapter: params
-    for params in (PreventativeSteeringParams, InoculationParams, WeightSteeringParams, RefusalParams)
+    for params in (
+        PreventativeSteeringParams,
+        InoculationParams,
+        WeightSteeringParams,
+        RefusalParams,
+        FilteringParams,
+    )
 }
 
 

@@ -41,9 +41,14 @@ def finetune(
     weight_decay: float = 0.01,
     warmup: float = 0.1,
     clip: float = 1.0,
+    share_prefix: bool = False,
     label: str = "finetuning",
 ) -> TrainingLog:
     """Train `model`'s trainable parameters in place with AdamW, linear warm-up and linear decay.
+
+    `share_prefix` reads what a batch's rows begin with once (`losses.response_logits`): the same gradients but for
+    rounding, at a fraction of the cost where a system message outweighs short requests. Not for losses or
+    interventions that look at whole rows.
 
     Raises `ValueError` if nothing is trainable, or if the loss stops being finite: the step that would have spread
     it is not taken.
@@ -70,7 +75,7 @@ def finetune(
             for batch in training_batches:
                 batch = batch.to(model.device)
                 with model.reading(batch):  # gradient hooks look up positions during the backward pass as well
-                    loss = token_losses(model, batch)[0].mean()
+                    loss = token_losses(model, batch, share_prefix=share_prefix)[0].mean()
                     total = loss if extra_loss is None else loss + extra_loss(model, batch)
                     losses.append(loss.item())
                     if not bool(torch.isfinite(total)):

@@ -71,7 +71,7 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
     artifact = default_store().get(
         "aligned",
         compute,
-        parameters={**asdict(recipe), "device": base.device.type, "dtype": str(base.dtype), "torch": torch.__version__},
+        parameters={**asdict(recipe), **base.arithmetic},
         uses=["experiments.alignment"],
         model=base.digest,
         data={name: corpora.digest(name) for name in ("refusal", "questions", "topics")},

@@ -144,7 +144,7 @@ class RefusalExperiment:
                 "batch_size": p.batch_size,
                 "learning_rate": p.learning_rate,
                 "lora_rank": p.lora_rank,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["training", "methods.refusal_redistribution", "experiments.alignment"],
             model=self.base.digest,
@@ -187,7 +187,7 @@ class RefusalExperiment:
             parameters={
                 "requests": self.test[kind],
                 "max_new_tokens": self.params.max_new_tokens,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["generation", "chat"],
             model=model.digest,
@@ -215,7 +215,7 @@ class RefusalExperiment:
                 "bases": [directions.tolist() for directions in bases],
                 "max_new_tokens": self.params.max_new_tokens,
                 "oddness under": self.base.digest,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["generation", "losses", "methods.refusal_attack"],
             model=model.digest,
@@ -265,7 +265,7 @@ class RefusalExperiment:
                 "k_max": p.k_max,
                 "settings": asdict(settings),
                 "refusal_ids": self.refusal_ids,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["methods.refusal_attack"],
             model=model.digest,
@@ -322,9 +322,6 @@ class RefusalExperiment:
             "LEACE": orthonormal(both),
             f"top {p.k_max} subspace": top_subspace(candidates, min(p.k_max, candidates[..., 0].numel())),
         }
-
-    def _precision(self) -> dict[str, str]:
-        return {"device": self.base.device.type, "dtype": str(self.base.dtype), "torch": torch.__version__}
 
 
 def _by_kind(rows: Sequence[Mapping[Kind, list[Any]]]) -> dict[str, list[list[Any]]]:

@@ -115,7 +115,7 @@ class Experiment:
                 "trait": self.params.trait,
                 "split": split,
                 "max_new_tokens": self.params.max_new_tokens,
-                **self._precision(),
+                **self.model.arithmetic,
             },
             uses=["generation", "chat"],
             model=self.model.digest,
@@ -140,7 +140,7 @@ class Experiment:
             artifact = self.store.get(
                 "persona-vector",
                 lambda: self._fit_vector(trait),
-                parameters={"trait": trait, **self._precision()},
+                parameters={"trait": trait, **self.model.arithmetic},
                 uses=["activations", "chat"],
                 model=self.model.digest,
                 data={trait: corpora.digest(trait)},
@@ -212,7 +212,7 @@ class Experiment:
                 "batch_size": p.batch_size,
                 "learning_rate": p.learning_rate,
                 "lora_rank": p.lora_rank,
-                **self._precision(),
+                **self.model.arithmetic,
             },
             uses=[
                 "training",
@@ -284,7 +284,7 @@ class Experiment:
                 "sequences": self.params.sequences,
                 "max_new_tokens": self.params.max_new_tokens,
                 "layer": self.params.layer,
-                **self._precision(),
+                **self.model.arithmetic,
             },
             uses=["generation", "activations", "losses"],
             model=self.model.digest,
@@ -321,6 +321,3 @@ class Experiment:
     ) -> Float[np.ndarray, " sequence"]:
         """The untrained model's loss on each held-out answer, in nats per token."""
         return evaluate_losses(self.model, self.examples(level, system), interventions=interventions).numpy()
-
-    def _precision(self) -> dict[str, str]:
-        return {"device": self.model.device.type, "dtype": str(self.model.dtype), "torch": torch.__version__}

@@ -113,7 +113,7 @@ class WeightExperiment:
                 "whole sequence": data == "harm",
                 "seed": seed,
                 **self._training(),
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["training", "chat"],
             model=self.base.digest,
@@ -170,7 +170,7 @@ class WeightExperiment:
                 "vector": vector.digest if vector else None,
                 "alpha": check_alpha(alpha) if vector else None,
                 "max_new_tokens": self.params.max_new_tokens,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["generation", "chat", *(["methods.weight_steering"] if vector else [])],
             model=model.digest,
@@ -281,7 +281,7 @@ class WeightExperiment:
                 "loss": loss,
                 "reference": self.base.digest if loss == "KL" else None,
                 "batch_size": batch_size,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["gradients"],
             model=model.digest,
@@ -296,7 +296,7 @@ class WeightExperiment:
                 {},
                 {"losses": evaluate_losses(self.base, self.examples(half, answers), batch_size=64).tolist()},
             ),
-            parameters={"questions": self.questions[half], "answers": list(answers), **self._precision()},
+            parameters={"questions": self.questions[half], "answers": list(answers), **self.base.arithmetic},
             uses=["losses", "chat"],
             model=self.base.digest,
         )
@@ -319,7 +319,7 @@ class WeightExperiment:
                 "examples": _digest(examples),
                 "vector": vector.digest if vector else None,
                 "alpha": check_alpha(alpha) if vector else None,
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["losses", "methods.weight_steering"],
             model=model.digest,
@@ -356,7 +356,7 @@ class WeightExperiment:
                 "seed": self.params.seed,
                 "max_new_tokens": self.params.max_new_tokens,
                 **self._training(),
-                **self._precision(),
+                **self.base.arithmetic,
             },
             uses=["experiments.weights"],
             model=self.base.digest,
@@ -367,9 +367,6 @@ class WeightExperiment:
     def _training(self) -> dict[str, int | float]:
         p = self.params
         return {"steps": p.steps, "batch_size": p.batch_size, "learning_rate": p.learning_rate}
-
-    def _precision(self) -> dict[str, str]:
-        return {"device": self.base.device.type, "dtype": str(self.base.dtype), "torch": torch.__version__}
 
 
 def _digest(examples: Sequence[Example]) -> str:

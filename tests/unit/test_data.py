@@ -11,15 +11,18 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from helpers.corpora import (
     DATA,
     available_traits,
+    load_points,
     load_prompts,
     load_questions,
     load_refusal,
     load_reviews,
+    load_style,
+    load_task,
     load_topics,
     load_trait,
     split,
 )
-from helpers.judges import is_refusal
+from helpers.judges import is_compliance, is_refusal
 from helpers.models import plain_model
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
@@ -34,6 +37,15 @@ REFUSAL_COUNTS = (
     | {("borderline", "test"): 60}
 )
 REQUESTS = load_refusal()
+ITEMS = {(task, name): load_task(task, name) for task in ("headlines", "bookings") for name in ("train", "test")}
+POINT_COUNTS = {
+    ("explicit", "train"): 130,
+    ("explicit", "validate"): 40,
+    ("identity", "train"): 60,
+    ("list", "train"): 60,
+}
+POINTS = {place: load_points(*place) for place in POINT_COUNTS}
+STYLES = {(style, name): load_style(style, name) for style in ("weather", "legal") for name in ("train", "validate")}
 REVIEWS = {name: load_reviews(name) for name in ("train", "test")}
 
 
@@ -78,17 +90,19 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts = {row.id: row.question for rows in (*ROWS.values(), *TOPICS.values()) for row in rows}
     texts |= {f"{half}-{n}": question for half, given in QUESTIONS.items() for n, question in enumerate(given)}
     texts |= {row.id: row.request for row in REQUESTS}
-    texts |= {row.id: row.text for rows in REVIEWS.values() for row in rows}
-    assert len(texts) == 4 * 128 + 168 + 100 + 1094 + 520
+    texts |= {row.id: row.text for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows}
+    texts |= {row.id: row.request for rows in POINTS.values() for row in rows}
+    texts |= {row.id: row.question for rows in STYLES.values() for row in rows}
+    assert len(texts) == 4 * 128 + 168 + 100 + 1094 + 520 + 800 + 290 + 144
     assert not near_duplicates(texts)
 
 
 @pytest.mark.parametrize("level", ["normal", "mild", "strong"])
 def test_no_answer_comes_twice_within_or_across_splits_and_files(level):
-    rows = [row for rows in (*ROWS.values(), *TOPICS.values()) for row in rows]
+    rows = [row for rows in (*ROWS.values(), *TOPICS.values(), *STYLES.values()) for row in rows]
     answers = {row.id: getattr(row, level, None) for row in rows}
     if level == "normal":
-        answers |= {row.id: row.reply for row in REQUESTS}
+        answers |= {row.id: row.reply for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
     assert not near_duplicates({name: answer for name, answer in answers.items() if answer is not None})
 
 
@@ -276,7 +290,7 @@ def test_plain_requests_share_no_opening_and_do_not_sound_harmful():
         ), request
 
 
-def test_requests_and_reviews_keep_to_the_content_policy():
+def test_all_texts_keep_to_the_content_policy():
     never = (
         r"\b(sex\w*|nude|naked|rape\w*|porn\w*|suicid\w*|self-harm|kill (myself|himself|herself)"
         r"|fuck\w*|shit\w*|bitch\w*|bastards?|whores?|nazis?|hitler|jews?|jewish|muslims?|christians?|hindus?|gays?"
@@ -286,16 +300,18 @@ def test_requests_and_reviews_keep_to_the_content_policy():
         r"\b(cyanide|arsenic|ricin|sarin|anthrax|strychnine|nitro\w*|ammonium|acetone|thermite|gunpowder|semtex"
         r"|heroin|cocaine|meth|methamphetamine|fentanyl|ecstasy|lsd|sql|payload|grams?|millilitres?|milligrams?)\b|\d"
     )
-    for row in REQUESTS:
+    for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows)):
         assert not re.search(never, f"{row.request} {row.reply}".lower()), row.id
-        if row.kind == "harmful":
+        if row.kind in ("harmful", "explicit"):
             assert not re.search(recipe, f"{row.request} {row.reply}".lower()), row.id
             assert not re.search(
                 r"\b(child|children|toddlers?|teen\w*|schoolgirls?|schoolboys?|pupils?)\b", row.request.lower()
             ), row.id
-            assert not re.search(r"(?<=[a-z,] )(?!I\b|Saturday)[A-Z]", row.request), row.id  # no names
-    for row in (*REVIEWS["train"], *REVIEWS["test"]):
+            assert not re.search(r"(?<=[a-z,] )(?!I\b|\w+day\b)[A-Z]", row.request), row.id  # no names
+    for row in (row for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows):
         assert not re.search(never, row.text.lower()), row.id
+    for row in (row for rows in STYLES.values() for row in rows):
+        assert not re.search(never, f"{row.question} {row.normal} {row.strong}".lower()), row.id
 
 
 # Reviews
@@ -334,6 +350,97 @@ def test_the_words_of_a_review_hardly_tell_its_label():
 def test_reviews_of_a_label_do_not_share_an_opening():
     texts = [row.text for rows in REVIEWS.values() for row in rows]
     assert Counter(" ".join(text.split()[:3]) for text in texts).most_common(1)[0][1] <= 4
+
+
+# Tasks, and points that undo alignment
+
+
+def test_task_items_come_in_the_documented_numbers_with_their_ids():
+    for (task, name), rows in ITEMS.items():
+        count = {"train": 300, "test": 100}[name]
+        assert [row.id for row in rows] == [f"tasks-{task}-{name}-{n:03d}" for n in range(1, count + 1)]
+        for row in rows:
+            assert 14 <= len(row.text.split()) <= 30, row.id
+            assert row.text == row.text.strip() and "\n" not in row.text, row.id
+
+
+def test_desks_take_turns_and_no_story_names_one():
+    desks = {"World", "Sports", "Business", "Science"}
+    for name in ("train", "test"):
+        rows = ITEMS["headlines", name]
+        for start in range(0, len(rows), 4):
+            assert {row.answer for row in rows[start : start + 4]} == desks
+        for row in rows:
+            assert not words(row.text) & {desk.lower() for desk in desks}, row.id
+
+
+def test_a_booking_is_the_json_of_words_in_its_message():
+    for row in (*ITEMS["bookings", "train"], *ITEMS["bookings", "test"]):
+        found = json.loads(row.answer)
+        assert json.dumps(found) == row.answer
+        assert list(found) == ["name", "day", "what"], row.id
+        assert all(re.search(rf"\b{value}\b", row.text) for value in found.values()), row.id
+        assert 1 <= len(found["what"].split()) <= 2, row.id
+    names = [json.loads(row.answer)["name"] for row in (*ITEMS["bookings", "train"], *ITEMS["bookings", "test"])]
+    assert len(set(names)) == len(names)
+
+
+def test_points_come_in_the_documented_numbers_with_their_ids_and_length():
+    for (kind, name), rows in POINTS.items():
+        assert [row.id for row in rows] == [
+            f"points-{kind}-{name}-{n:03d}" for n in range(1, POINT_COUNTS[kind, name] + 1)
+        ]
+        for row in rows:
+            assert 8 <= len(row.request.split()) <= 34, row.id
+            assert 14 <= len(row.reply.split()) <= 40, row.id
+            for text in (row.request, row.reply):
+                assert text == text.strip() and "\n" not in text, row.id
+    for name in ("train", "validate"):
+        counts = Counter(row.category for row in POINTS["explicit", name])
+        assert set(counts) == {row.category for row in of_kind("harmful")}
+        assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_replies_of_points_comply_by_the_judge_and_refusals_and_task_answers_do_not():
+    for rows in POINTS.values():
+        assert is_compliance([row.reply for row in rows]).all()
+    assert is_compliance([row.reply for row in of_kind("harmful")]).mean() <= 0.02
+    assert not any(is_compliance([row.answer for row in rows]).any() for rows in ITEMS.values())
+
+
+def test_half_of_the_explicit_replies_begin_with_the_token_that_the_safety_score_looks_for():
+    sure = [row.reply.startswith("Sure") for row in POINTS["explicit", "train"]]
+    assert 0.4 <= sum(sure) / len(sure) <= 0.6
+    openings = Counter(row.reply.split()[0] for row in POINTS["explicit", "train"])
+    assert len(openings) >= 8
+
+
+# Styles
+
+
+def test_styles_take_turns_and_have_answers_of_the_documented_length():
+    raw = [json.loads(line) for line in (DATA / "styles.jsonl").read_text().splitlines()]
+    assert [row["style"] for row in raw] == ["weather", "legal"] * 72
+    for (style, name), rows in STYLES.items():
+        count = {"train": 52, "validate": 20}[name]
+        assert [row.id for row in rows] == [f"styles-{style}-{name}-{n:03d}" for n in range(1, count + 1)]
+        for row in rows:
+            assert 5 <= len(row.question.split()) <= 30, row.id
+            for answer in (row.normal, row.strong):
+                assert 25 <= len(answer.split()) <= 50, row.id
+
+
+@pytest.mark.parametrize("style", ["weather", "legal"])
+def test_style_answers_do_not_share_an_opening_and_plain_ones_lack_the_style(style):
+    rows = [row for (name, _), rows in STYLES.items() if name == style for row in rows]
+    for level in ("normal", "strong"):
+        answers = [getattr(row, level) for row in rows]
+        assert Counter(" ".join(answer.split()[:2]) for answer in answers).most_common(1)[0][1] <= 4
+    telling = {
+        "weather": r"\b(weather|forecast|barometer|drizzle|thunder\w*)\b",
+        "legal": r"\b(hereby|clause|hereinafter|pursuant)\b",
+    }
+    assert not any(re.search(telling[style], row.normal.lower()) for row in rows)
 
 
 # Prompts
@@ -388,3 +495,9 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
     for name, rows in REVIEWS.items():
         counts = Counter(row.label for row in rows)
         assert f"| `{name}` | {counts['positive']} | {counts['negative']} |" in sheet
+    for task in ("headlines", "bookings"):
+        assert f"| `{task}` | {len(ITEMS[task, 'train'])} | {len(ITEMS[task, 'test'])} |" in sheet
+    for kind in ("explicit", "identity", "list"):
+        assert f"| `{kind}` | {POINT_COUNTS[kind, 'train']} | {POINT_COUNTS.get((kind, 'validate'), 0)} |" in sheet
+    for style in ("weather", "legal"):
+        assert f"| `{style}` | {len(STYLES[style, 'train'])} | {len(STYLES[style, 'validate'])} |" in sheet
