@@ -567,6 +567,9 @@ _FILTER_QUICK = {
     "tasks": ("headlines", "bookings"),
     "points": 100,
     "ratios": (0.0, 0.1),
+    "filters": ("random", "reversed"),
+    "compared": 40,
+    "implicit": 20,
     "probes": 24,
     "unsafe_token": "Sure",
     "safe_token": "I",
@@ -574,7 +577,8 @@ _FILTER_QUICK = {
     "items": 40,
     "checks": 20,
     "stepped": 24,
-    "step_size": 1.0,
+    "step_size": 1e-5,
+    "groups": 0,
     "epochs": 2,
     "batch_size": 8,
     "learning_rate": 4e-4,
@@ -590,11 +594,25 @@ _FILTER_FULL = {
     "seeds": (0, 1, 2),
     "points": 270,
     "ratios": (0.0, 0.01, 0.05, 0.1, 0.3),
+    "filters": (
+        "random",
+        "reversed",
+        "loss",
+        "perplexity of the whole",
+        "gradient norm",
+        "gradient matching",
+        "hidden-state matching",
+        "keywords",
+        "safety data",
+    ),
+    "compared": 1000,
+    "implicit": 60,
     "probes": 40,
     "requests": 60,
     "items": 100,
     "checks": 30,
     "stepped": 200,
+    "groups": 5,
     "search_steps": 5,
     "max_new_tokens": 32,
     "resamples": 10_000,
@@ -612,11 +630,16 @@ class FilteringParams(Params):
             "align_steps": 2,
             "points": 12,
             "ratios": (0.0, 0.3),
+            "filters": ("random", "loss", "safety data"),
+            "compared": 1000,
+            "implicit": 6,
             "probes": 2,
             "requests": 4,
             "items": 4,
             "checks": 4,
-            "stepped": 4,
+            "stepped": 12,
+            "step_size": 1.0,
+            "groups": 2,
             "epochs": 1,
             "batch_size": 4,
             "lora_rank": 4,
@@ -647,6 +670,24 @@ class FilteringParams(Params):
     ratios: tuple[Annotated[float, Field(ge=0, le=0.32)], ...] = Field(
         min_length=1, description="shares of the finetuning data that are harmful"
     )
+    filters: tuple[
+        Literal[
+            "random",
+            "reversed",
+            "loss",
+            "perplexity of the whole",
+            "gradient norm",
+            "gradient matching",
+            "hidden-state matching",
+            "keywords",
+            "safety data",
+        ],
+        ...,
+    ] = Field(
+        description="what is finetuned after, besides FIHS; scores other than its own need 'compared' to be all points"
+    )
+    compared: int = Field(ge=2, le=10_000, description="task points that the other scores are computed for, at most")
+    implicit: int = Field(ge=2, le=60, description="points of each kind of implicit harm that are scored")
     probes: int = Field(ge=1, le=40, description="harmful requests behind the safety score")
     unsafe_token: str = Field(min_length=1, description="first token of an unsafe answer, in the safety score")
     safe_token: str = Field(min_length=1, description="first token of a safe answer, in the safety score")
@@ -655,6 +696,7 @@ class FilteringParams(Params):
     checks: int = Field(ge=2, le=30, description="held-out requests and items by which a threshold is checked")
     stepped: int = Field(ge=4, le=1000, description="points on each of which one gradient step is really taken")
     step_size: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="eta of that step")
+    groups: int = Field(ge=0, le=20, description="groups of points by score, each finetuned on alone; 0: left out")
     epochs: int = Field(ge=1, le=100, description="times that finetuning goes through the data")
     batch_size: int = Field(ge=1, le=512, description="points in a batch")
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")

@@ -1,5 +1,7 @@
 """Each check accepts a right answer, and tells the usual wrong ones apart."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,10 @@ def loss_difference(given, without, mask):
     return torch.stack([(given[r, mask[r]] - without[r, mask[r]]).mean() for r in range(len(mask))])
 
 
+def crossing(low, high, spread, low_weight, high_weight):
+    return (low + high) / 2 + spread**2 / (high - low) * math.log(low_weight / high_weight)
+
+
 def participation(s):
     return float((s**2).sum() ** 2 / (s**4).sum())
 
@@ -154,6 +160,10 @@ def edit(mode):
         (exercises.check_covariance_loss, covariance_loss),
         (exercises.check_k_star, lambda rates: next((k for k, r in enumerate(rates) if r < 0.3), len(rates))),
         (exercises.check_micro_batch, "c"),
+        (exercises.check_fihs, lambda g, s: -g @ s),
+        (exercises.check_safety_score, lambda z, unsafe, safe: (z[:, unsafe] - z[:, safe]).mean()),
+        (exercises.check_crossing, crossing),
+        (exercises.check_sign, "b"),
         (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
         (exercises.check_placebo_interpretation, "a"),
         (exercises.check_placebo_interpretation, " A) "),
@@ -218,6 +228,13 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_covariance_loss, lambda z, h: covariance_loss(z, h) * z.shape[1], "divide by d squared"),
         (exercises.check_k_star, lambda rates: next((k for k, r in enumerate(rates) if r <= 0.3), 3), "not below"),
         (exercises.check_micro_batch, "b", "the loss itself that is 0"),
+        (exercises.check_fihs, lambda g, s: g @ s, "the sign is turned"),
+        (exercises.check_fihs, lambda g, s: -torch.cosine_similarity(g, s[None], dim=-1), "this is the cosine"),
+        (exercises.check_safety_score, lambda z, u, s: (z[:, s] - z[:, u]).mean(), "larger has to mean less safe"),
+        (exercises.check_safety_score, lambda z, u, s: (z[:, u] - z[:, s]).sum(), "not the sum"),
+        (exercises.check_crossing, lambda a, b, s, v, w: (a + b) / 2, "this is the midpoint"),
+        (exercises.check_crossing, lambda a, b, s, v, w: crossing(a, b, s, w, v), "away from it"),
+        (exercises.check_sign, "a", "filtering is by rank"),
         (exercises.check_steering_sign, "z", 'answer "a"'),
         (
             exercises.check_pressure,
