@@ -301,7 +301,7 @@ def _exchanged(model: Model, others: Mapping[nn.Parameter, Tensor]) -> Iterator[
             owner[name] = p
 
 
-def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int = 32) -> Float[Tensor, " example"]:
+def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int = 8) -> Float[Tensor, " example"]:
     """||grad L(z)|| over the trainable linear layers of the blocks, for every example z, on the CPU.
 
     The gradient of a weight is sum_t g_t x_t^T over the tokens, so its squared norm is

@@ -248,7 +248,7 @@ class FilteringExperiment:
                 "checks": self.checks,
                 "items": [row.id for row in (*test, *check)],
                 "safety": asdict(score),
-                "epochs": p.epochs,
+                "steps": p.steps,
                 "batch_size": p.batch_size,
                 "learning_rate": p.learning_rate,
                 "max_new_tokens": p.max_new_tokens,
@@ -275,12 +275,11 @@ class FilteringExperiment:
         model = self.model(lora=LoRA(p.lora_rank))
         if points:
             examples = self.examples(points)
-            steps = -(-len(examples) // p.batch_size) * p.epochs
-            pad = model.tokenizer.pad_token_id
+            shape = {"steps": p.steps, "batch_size": p.batch_size, "seed": seed}
             finetune(
                 model,
-                training_batches(lambda _: examples, steps=steps, batch_size=p.batch_size, seed=seed, pad_id=pad),
-                steps=steps,
+                training_batches(lambda _: examples, **shape, pad_id=model.tokenizer.pad_token_id),
+                steps=p.steps,
                 learning_rate=p.learning_rate,
                 seed=seed,
                 share_prefix=True,

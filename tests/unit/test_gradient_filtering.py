@@ -7,7 +7,7 @@ import torch
 from helpers.chat import Example, collate, encode
 from helpers.corpora import load_points, load_refusal
 from helpers.gradients import directional_derivatives, gradient_norms, pile_gradient
-from helpers.losses import sequence_losses
+from helpers.losses import sequence_losses, sequence_sums
 from helpers.methods.gradient_filtering import (
     SafetyScore,
     anchor_similarity,
@@ -147,10 +147,10 @@ def test_fihs_is_the_change_of_the_safety_score_that_a_small_step_makes(model, p
     safe = [Example((*e.ids, safety.safe), len(e)) for e in safety.probes]
     given = [*points, *harmful, *safe]
     found = fihs(model, given, safety.gradient(model))
-    before, eta = safety.values(model).double().mean(), 1e-4
+    before, eta = safety.values(model).double().mean(), 1e-5
     weights = {n.replace("._original_component", ""): p for n, p in model.hf.named_parameters()}
     for i, point in enumerate(given):
-        gradient = pile_gradient(model, [point])
+        gradient = pile_gradient(model, [point], loss=sequence_sums)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight -= eta * gradient[name]
