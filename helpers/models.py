@@ -240,7 +240,7 @@ def _plain(name: str, layer: int | None, *, shared: bool = False) -> tuple[Any, 
     if name in REGISTRY:
         _check_layer(name, layer, REGISTRY[name].layers)
         hf, tokenizer = _tiny() if name == "tiny-random" else _embedded(shared)
-        return hf, tokenizer, REGISTRY[name].digest
+        return _differentiable(hf), tokenizer, REGISTRY[name].digest
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -258,7 +258,18 @@ def _plain(name: str, layer: int | None, *, shared: bool = False) -> tuple[Any, 
         tokenizer.pad_token = tokenizer.eos_token
     revision = getattr(config, "_commit_hash", None)
     folder = sorted(Path(name).glob("*.safetensors"))
-    return hf, tokenizer, revision[:16] if revision else _digest([config.to_json_string(), *map(file_digest, folder)])
+    digest = revision[:16] if revision else _digest([config.to_json_string(), *map(file_digest, folder)])
+    return _differentiable(hf), tokenizer, digest
+
+
+def _differentiable(hf: Any) -> Any:
+    """The model with a gradient for every row of its embedding.
+
+    torch gives the padding token's row none, and chat models pad with the end-of-turn token, which every prompt holds:
+    gradients along all weights would not be those of the function that the model computes. Padding itself is masked.
+    """
+    hf.get_input_embeddings().padding_idx = None
+    return hf
 
 
 def _check_layer(name: str, layer: int | None, layers: int) -> None:

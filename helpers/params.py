@@ -568,7 +568,7 @@ _FILTER_QUICK = {
     "points": 100,
     "ratios": (0.0, 0.1),
     "filters": ("random", "reversed"),
-    "compared": 40,
+    "compared": 25,
     "implicit": 20,
     "probes": 24,
     "unsafe_token": "Sure",

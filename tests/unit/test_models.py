@@ -6,6 +6,7 @@ import torch
 from helpers import models
 from helpers.artifacts import Store
 from helpers.chat import collate, encode
+from helpers.losses import sequence_losses
 from helpers.models import LoRA, compute_dtype, load, plain_model
 
 
@@ -309,3 +310,24 @@ def test_the_batch_being_read_is_forgotten_after_an_exception(tiny, examples):
     with pytest.raises(RuntimeError), tiny.reading(collate(examples, 2)):
         raise RuntimeError
     assert tiny.current is None
+
+
+def test_the_padding_token_of_a_chat_model_is_a_token_like_others_and_has_a_gradient():
+    """Its row is the end of every turn: without a gradient, derivatives along all weights would be wrong."""
+    model = load("tiny-random", dtype="float32")
+    example = encode(model.tokenizer, "Why?", "Because.")
+    end = model.tokenizer.pad_token_id
+    assert end in example.ids[: example.prompt_length]
+    weight = model.hf.get_input_embeddings().weight
+    direction = torch.zeros_like(weight)
+    direction[end] = torch.randn(model.width, generator=torch.Generator().manual_seed(0))
+    batch = collate([example], end)
+    (gradient,) = torch.autograd.grad(sequence_losses(model, batch).sum(), [weight])
+    ends = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            weight += sign * 1e-3 * direction
+            ends.append(sequence_losses(model, batch).double().sum())
+            weight -= sign * 1e-3 * direction
+    measured = float((ends[0] - ends[1]) / 2e-3)
+    assert float((gradient * direction).sum()) == pytest.approx(measured, rel=0.02)
