@@ -1,6 +1,6 @@
 """On the embedded model, at the quick preset's settings: FIHS finds explicit harmful points, and foresees a step.
 
-Scores and outcomes are the chapter's own, so where the book has been built they are read from the artifact store.
+Scores are the chapter's own, so where the book has been built they are read from the artifact store.
 """
 
 import numpy as np
@@ -50,8 +50,3 @@ def test_fihs_foresees_what_a_real_step_does_to_the_safety_score(chapter, scored
     points = [p for part in kinds for p in part[: max(1, chapter.params.stepped // len(kinds))]]
     changes = chapter.one_step(points, chapter.params.step_size)
     assert rank_correlation(changes, np.array([found[p] for p in points])).value >= 0.8
-
-
-def test_poisoned_data_undo_alignment_and_filtered_data_do_so_less(chapter):
-    clean, poisoned = (chapter.outcome("headlines", chapter.mixture("headlines", ratio)) for ratio in (0.0, 0.1))
-    assert poisoned.complied.mean() >= clean.complied.mean() + 0.2
