@@ -438,7 +438,7 @@ _REFUSAL_QUICK = {
     "align_steps": 140,
     "data": "bundled",
     "conditions": ("LM+KD", "L1+KD", "Cov+KD"),
-    "requests": 24,
+    "requests": 20,
     "prompts": 48,
     "scored_on": 16,
     "k_max": 8,

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from helpers.chat import Example, batches, collate, encode, training_batches
+from helpers.chat import Ends, Example, batches, collate, encode, shared_start, training_batches
 from helpers.models import plain_model
 
 PAD = 2
@@ -117,6 +117,35 @@ def test_a_position_that_the_shortest_prompt_lacks_is_an_error(where):
     batch = collate([example(6, 4), example(4, 3)], PAD)
     with pytest.raises(ValueError, match="reach outside the shortest prompt, which has 3 tokens"):
         batch.positions(where)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_ends_of_a_prompt_are_its_first_and_last_tokens_each_once_where_it_is_short(side):
+    batch = collate([example(8, 6), example(4, 3)], PAD, side=side)
+
+    def named(first, last):
+        mask = batch.positions(Ends(first, last))
+        return [batch.ids[i, mask[i]].tolist() for i in range(2)]
+
+    assert named(2, 2) == [[10, 11, 14, 15], [10, 11, 12]]
+    assert named(1, 0) == [[10], [10]]
+    assert named(0, 1) == [[15], [12]]
+    assert named(50, 50) == [[10, 11, 12, 13, 14, 15], [10, 11, 12]]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (-1, 2), (2, -1)])
+def test_ends_of_no_or_of_negative_length_are_an_error(first, last):
+    with pytest.raises(ValueError, match="neither may be negative, and at least one must be above 0"):
+        Ends(first, last)
+
+
+def test_the_shared_start_is_what_all_begin_with_short_of_the_tail():
+    rows = [Example((1, 2, 3, 4, 5), 5), Example((1, 2, 3, 9), 4), Example((1, 2, 3, 4), 4)]
+    assert shared_start(rows) == 3
+    assert shared_start(rows, tail=2) == 2
+    assert shared_start(rows[:1]) == 4
+    assert shared_start([Example((1, 2), 2), Example((3, 2), 2)]) == 0
+    assert shared_start([]) == 0
 
 
 def test_an_unknown_name_of_positions_is_an_error(untyped):

@@ -59,6 +59,22 @@ def test_full_finetuning_is_what_a_plain_loop_over_the_plain_model_does(model, e
         torch.testing.assert_close(trained[name], parameter.detach(), atol=1e-5, rtol=0)
 
 
+def test_reading_the_common_start_once_trains_the_same_weights(examples):
+    read, shared, alone = [], (load("tiny-random", dtype="float32") for _ in range(2)), []
+    for model, share in zip(shared, (True, False), strict=True):
+        count = model.hf.get_input_embeddings().register_forward_hook(
+            lambda _, given, out: read.append(given[0].numel())
+        )
+        train(model, given(examples), share_prefix=share)
+        count.remove()
+        alone.append(model.trained_tensors())
+        read.append(0)
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(tensor, alone[1][name], atol=1e-5, rtol=0)
+    end = read.index(0)
+    assert sum(read[:end]) < 0.9 * sum(read[end:])
+
+
 def test_a_plain_loop_would_notice_a_gradient_that_is_not_clipped(examples):
     """The test above means something: the clip it sets is in force."""
     weights = []
