@@ -301,6 +301,14 @@ def _exchanged(model: Model, others: Mapping[nn.Parameter, Tensor]) -> Iterator[
             owner[name] = p
 
 
+def block_layers(model: Model) -> dict[str, nn.Linear]:
+    """The trainable linear layers of the blocks, by the plain name of their weight."""
+    head = model.hf.get_output_embeddings().weight
+    linear = {name: m for name, m in model.hf.named_modules() if isinstance(m, nn.Linear)}
+    trainable = {name: m for name, m in linear.items() if m.weight.requires_grad and m.weight is not head}
+    return {plain_name(f"{name}.weight"): m for name, m in trainable.items()}
+
+
 def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int = 8) -> Float[Tensor, " example"]:
     """||grad L(z)|| over the trainable linear layers of the blocks, for every example z, on the CPU.
 
@@ -308,10 +316,7 @@ def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int
     sum_{t,t'} (x_t . x_t')(g_t . g_t'): two small tables of inner products a layer, and no gradient of a weight
     ("ghost norm", Li et al. 2022). Raises `ValueError` without examples or trainable linear layers.
     """
-    head = model.hf.get_output_embeddings().weight
-    layers = [
-        m for m in model.hf.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad and m.weight is not head
-    ]
+    layers = list(block_layers(model).values())
     if not examples or not layers:
         raise ValueError("Gradient norms need at least one example and a trainable linear layer.")
     squares = torch.empty(0)

@@ -24,7 +24,7 @@ from helpers.artifacts import default_store
 from helpers.chat import Example, encode, training_batches
 from helpers.experiments.alignment import Recipe, align
 from helpers.generation import generate
-from helpers.gradients import directional_derivatives, gradient_norms, pile_gradient
+from helpers.gradients import block_layers, directional_derivatives, gradient_norms, pile_gradient
 from helpers.judges import is_compliance
 from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
 from helpers.methods.gradient_filtering import SafetyScore, anchor_similarity, fihs
@@ -163,7 +163,8 @@ class FilteringExperiment:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             model, examples, anchors = self.model(), self.examples(points), self.examples(self.anchors)
             begun = [Example(e.ids[: e.prompt_length + ANCHOR_TOKENS], e.prompt_length) for e in anchors]
-            towards = pile_gradient(model, begun)
+            pile = pile_gradient(model, begun)
+            towards = {name: pile[name] for name in block_layers(model)}
             norms = gradient_norms(model, examples)
             size = sum(float(t.square().sum()) for t in towards.values()) ** 0.5
             along = directional_derivatives(model, examples, towards)
