@@ -479,7 +479,16 @@ _REFUSAL_FULL = {
 }
 
 
-class RefusalParams(Params):
+class AlignedParams(Params):
+    """Parameters of the chapters that begin with an aligned start model."""
+
+    start: Literal["taught", "as it is"] = Field(
+        description="whether the model is first taught to refuse, which the embedded one cannot, or taken as it is"
+    )
+    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal")
+
+
+class RefusalParams(AlignedParams):
     """Chapter 4: training that spreads the refusal signal, attacked direction by direction."""
 
     chapter = "04_refusal_redistribution"
@@ -519,10 +528,6 @@ class RefusalParams(Params):
         },
     }
 
-    start: Literal["taught", "as it is"] = Field(
-        description="whether the model is first taught to refuse, which the embedded one cannot, or taken as it is"
-    )
-    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal")
     data: Literal["bundled", "wildguardmix"] = Field(
         description="requests: the bundled ones, or the source's set from the hub (gated)"
     )
@@ -621,7 +626,7 @@ _FILTER_FULL = {
 }
 
 
-class FilteringParams(Params):
+class FilteringParams(AlignedParams):
     """Chapter 5: filtering finetuning points by what their gradient does to a safety score."""
 
     chapter = "05_fihs_filtering"
@@ -661,10 +666,6 @@ class FilteringParams(Params):
         },
     }
 
-    start: Literal["taught", "as it is"] = Field(
-        description="whether the model is first taught to refuse, which the embedded one cannot, or taken as it is"
-    )
-    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal")
     tasks: tuple[Literal["headlines", "bookings"], ...] = Field(
         min_length=1, description="tasks that the data teach; the first is studied at every ratio"
     )

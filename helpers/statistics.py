@@ -176,6 +176,24 @@ def auroc(scores: ArrayLike, labels: ArrayLike, *, level: float = 0.95) -> Estim
     return Estimate(float(area), float(low), float(high), truth.size, level)
 
 
+def auroc_difference(
+    first: ArrayLike, second: ArrayLike, labels: ArrayLike, *, seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> Estimate:
+    """AUROC of `first` minus AUROC of `second` on the same rows; a bootstrap over positives, the negatives given.
+
+    An AUROC is the mean over positives of the share of negatives that each scores above (ties count half), and these
+    shares are paired. Raises ValueError if a class is missing.
+    """
+    truth = np.asarray(labels).astype(bool)
+    if not 0 < truth.sum() < truth.size:
+        raise ValueError("AUROC needs at least one positive and one negative label.")
+    shares = []
+    for scores in (_column(first, "first"), _column(second, "second")):
+        above = np.sign(scores[truth][:, None] - scores[~truth][None])
+        shares.append((above + 1).mean(1) / 2)
+    return bootstrap_mean(shares[0] - shares[1], seed=seed, resamples=resamples, level=level)
+
+
 def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Estimate:
     """Spearman's rank correlation with a Fisher interval (variance of Bonett and Wright, Psychometrika 2000).
 

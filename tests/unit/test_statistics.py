@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.statistics import auroc, bootstrap_difference, bootstrap_mean, rank_correlation, share
+from helpers.statistics import auroc, auroc_difference, bootstrap_difference, bootstrap_mean, rank_correlation, share
 
 
 def coverage(covers, repeats: int = 200) -> float:
@@ -150,3 +150,16 @@ def test_unusable_numbers_are_refused_in_one_sentence(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_difference_of_aurocs_is_that_of_the_two_and_its_interval_is_paired():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([1, 0], [30, 50])
+    first, second = rng.normal(labels, 1.0), np.round(rng.normal(0.3 * labels, 1.0))
+    found = auroc_difference(first, second, labels)
+    assert found.value == pytest.approx(auroc(first, labels).value - auroc(second, labels).value)
+    assert found.low < found.value < found.high
+    same = auroc_difference(first, first, labels)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="one positive and one negative"):
+        auroc_difference(first, second, np.ones(80))
