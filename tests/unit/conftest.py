@@ -7,8 +7,10 @@ import pytest
 import torch
 from jaxtyping import config
 
+from helpers.artifacts import Store
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
+from helpers.experiments import alignment, filtering, refusal, sentiment, traits, weights
 from helpers.models import load
 
 
@@ -24,6 +26,16 @@ def tiny():
 def examples(tiny):
     """Six conversations of different lengths."""
     return [encode(tiny.tokenizer, row.question, row.strong) for row in split(load_trait("evil"), "eval")[:6]]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of the test file's own for every experiment; the embedded model stays where it is."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (alignment, filtering, refusal, sentiment, traits, weights):
+            patch.setattr(module, "default_store", lambda: store)
+        yield store
 
 
 @pytest.fixture

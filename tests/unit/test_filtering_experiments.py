@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from helpers import corpora
-from helpers.artifacts import Store
 from helpers.chat import encode
-from helpers.experiments import alignment, filtering
+from helpers.experiments import filtering
 from helpers.experiments.filtering import ANCHORS, FilteringExperiment, Point
 from helpers.losses import evaluate_losses
 from helpers.methods.gradient_filtering import SafetyScore, fihs
@@ -17,16 +16,6 @@ from helpers.params import FilteringParams
 
 def params(**changed):
     return FilteringParams(preset="tiny", dtype="float32", **changed)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store of our own; the embedded model stays where it is."""
-    store = Store(tmp_path_factory.mktemp("store"))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment, filtering):
-            patch.setattr(module, "default_store", lambda: store)
-        yield store
 
 
 @pytest.fixture(scope="module")

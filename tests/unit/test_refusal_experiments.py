@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from helpers import corpora
-from helpers.artifacts import Store
 from helpers.chat import encode
-from helpers.experiments import alignment, refusal, sentiment
+from helpers.experiments import alignment, refusal
 from helpers.experiments.alignment import Recipe, align
 from helpers.experiments.refusal import ATTACKED, RefusalExperiment, redistribution
 from helpers.experiments.sentiment import SentimentExperiment
@@ -20,16 +19,6 @@ from helpers.params import RefusalParams
 
 def params(**changed):
     return RefusalParams(preset="tiny", dtype="float32", **changed)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store of our own; the embedded model stays where it is."""
-    store = Store(tmp_path_factory.mktemp("store"))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment, refusal, sentiment):
-            patch.setattr(module, "default_store", lambda: store)
-        yield store
 
 
 @pytest.fixture(scope="module")

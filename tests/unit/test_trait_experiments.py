@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.artifacts import Store
 from helpers.chat import encode
 from helpers.experiments import traits as experiments
 from helpers.experiments.traits import Defence, Experiment
@@ -26,15 +25,6 @@ def with_params(exp, **changed):
     other = copy.copy(exp)
     other.params = params(**changed)
     return other
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store of our own; the embedded model stays where it is."""
-    store = Store(tmp_path_factory.mktemp("store"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "default_store", lambda: store)
-        yield store
 
 
 @pytest.fixture(scope="module")

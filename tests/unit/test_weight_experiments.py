@@ -31,15 +31,6 @@ def with_params(exp, **changed):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store of our own; the embedded model stays where it is."""
-    store = Store(tmp_path_factory.mktemp("store"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "default_store", lambda: store)
-        yield store
-
-
-@pytest.fixture(scope="module")
 def exp(store):
     return WeightExperiment(params())
 
