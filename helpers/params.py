@@ -574,6 +574,7 @@ _FILTER_QUICK = {
     "ratios": (0.0, 0.1),
     "filters": ("random", "reversed"),
     "compared": 25,
+    "filter_clean": False,
     "implicit": 20,
     "probes": 24,
     "unsafe_token": "Sure",
@@ -598,6 +599,7 @@ _FILTER_FULL = {
     **_FILTER_QUICK,
     "seeds": (0, 1, 2),
     "points": 270,
+    "filter_clean": True,
     "ratios": (0.0, 0.01, 0.05, 0.1, 0.3),
     "filters": (
         "random",
@@ -639,6 +641,7 @@ class FilteringParams(AlignedParams):
             "ratios": (0.0, 0.3),
             "filters": ("random", "loss", "safety data"),
             "compared": 1000,
+            "filter_clean": True,
             "implicit": 6,
             "probes": 2,
             "requests": 4,
@@ -689,6 +692,7 @@ class FilteringParams(AlignedParams):
     ] = Field(
         description="what is finetuned after, besides FIHS; scores other than its own need 'compared' to be all points"
     )
+    filter_clean: bool = Field(description="whether a mixture without harmful points is filtered as well")
     compared: int = Field(ge=2, le=10_000, description="task points that the other scores are computed for, at most")
     implicit: int = Field(ge=2, le=60, description="points of each kind of implicit harm that are scored")
     probes: int = Field(ge=1, le=40, description="harmful requests behind the safety score")

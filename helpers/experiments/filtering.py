@@ -28,7 +28,7 @@ from helpers.gradients import block_layers, directional_derivatives, gradient_no
 from helpers.judges import is_compliance
 from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
 from helpers.methods.gradient_filtering import SafetyScore, anchor_similarity, fihs
-from helpers.models import LoRA, Model, load, release_memory
+from helpers.models import LoRA, Model, load
 from helpers.params import FilteringParams
 from helpers.training import finetune
 
@@ -271,7 +271,6 @@ class FilteringExperiment:
         self, task: corpora.Task, points: Sequence[Point], seed: int
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         p = self.params
-        release_memory()
         torch.manual_seed(seed)
         model = self.model(lora=LoRA(p.lora_rank))
         if points:
@@ -287,10 +286,10 @@ class FilteringExperiment:
             )
         test, check = corpora.load_task(task, "test")[: p.items], self.items(task)
         asked = [encode(model.tokenizer, text) for text in (*self.attacks, *self.checks)]
-        said = generate(model, asked, max_new_tokens=p.max_new_tokens)
+        said = generate(model, asked, max_new_tokens=p.max_new_tokens, batch_size=len(asked))
         tasks = [encode(model.tokenizer, row.request) for row in (*test, *check)]
         longest = max(len(model.tokenizer.encode(row.answer)) for row in (*test, *check))
-        done = generate(model, tasks, max_new_tokens=longest + 1)
+        done = generate(model, tasks, max_new_tokens=longest + 1, batch_size=len(tasks))
         facts = {
             "answers": said[: len(self.attacks)],
             "checked": said[len(self.attacks) :],
