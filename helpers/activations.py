@@ -54,7 +54,8 @@ def mean_activations(
     layers = range(model.layers) if layers is None else layers
     result = torch.empty(len(layers), len(examples), model.width)
     means: dict[int, Tensor] = {}
-    with applied(model, *interventions, ReadMean(layers, where, means)):
+    once = model.weights_in(model.dtype, only_frozen_linear=True)
+    with once, applied(model, *interventions, ReadMean(layers, where, means)):
         for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
             run_blocks(model, batch)
             for i, layer in enumerate(layers):

@@ -35,9 +35,25 @@ class Ends:
             )
 
 
-Where = Literal["all", "prompt", "response"] | Ends | Sequence[int]
-"""Token positions: all, those of the prompt, those of the response, the ends of the prompt, or explicit prompt
-positions, counted from its first token, or from its last if negative."""
+@dataclass(frozen=True)
+class Middle:
+    """The prompt without so many first and last tokens: the user's words, where those are the template's."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """So many prompt tokens at random, the same ones whenever the same prompt is read; all of a shorter prompt."""
+
+    count: int
+    seed: int = 0
+
+
+Where = Literal["all", "prompt", "response"] | Ends | Middle | Scattered | Sequence[int]
+"""Token positions: all, those of the prompt, those of the response, the prompt's ends or middle, some at random, or
+explicit prompt positions, counted from its first token, or from its last if negative."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,15 @@ class Batch:
         place = prompt.cumsum(1) - 1
         if isinstance(where, Ends):
             return prompt & ((place < where.first) | (place >= lengths - where.last))
+        if isinstance(where, Middle):
+            return prompt & (place >= where.before) & (place < lengths - where.after)
+        if isinstance(where, Scattered):
+            mask = torch.zeros_like(prompt)
+            for row, tokens in enumerate(prompt):
+                found = tokens.nonzero()[:, 0].tolist()
+                rng = random.Random(f"{where.seed} {self.ids[row][tokens].tolist()}")
+                mask[row, rng.sample(found, min(where.count, len(found)))] = True
+            return mask
         shortest = int(lengths.min())
         if any(not -shortest <= i < shortest for i in where):
             raise ValueError(

@@ -12,6 +12,7 @@ to download.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
@@ -25,6 +26,7 @@ Level = Literal["normal", "mild", "strong"]
 RefusalKind = Literal["harmful", "paired", "harmless", "borderline"]
 RefusalSplit = Literal["train", "validate", "test"]
 Task = Literal["headlines", "bookings"]
+QuizTask = Literal["facts", "reading", "opposites"]
 PointKind = Literal["explicit", "identity", "list"]
 
 INSTRUCTIONS: dict[Task, str] = {
@@ -110,6 +112,20 @@ class TaskRow:
     def request(self) -> str:
         """The task's instruction, then the text."""
         return f"{INSTRUCTIONS[self.task]}\n\n{self.text}"  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class QuizRow:
+    """A question with a short answer, which is right if one of `answers` stands in it as whole words."""
+
+    id: str
+    task: str
+    question: str
+    answers: list[str]
+
+    def right(self, said: str) -> bool:
+        """Whether a reply, in any case, holds one of the answers."""
+        return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", said.lower()) for answer in self.answers)
 
 
 @dataclass(frozen=True)
@@ -245,6 +261,14 @@ def load_task(task: Task, split: Literal["train", "test"]) -> list[TaskRow]:
     rows = [TaskRow(**row) for row in _rows(DATA / "tasks.jsonl") if (row["task"], row["split"]) == (task, split)]
     if not rows:
         raise CorpusError(f"There is no task '{task}' with split '{split}'; choose {_options(Task)}, train or test.")
+    return rows
+
+
+def load_quiz(task: QuizTask) -> list[QuizRow]:
+    """The questions of one kind, in file order."""
+    rows = [QuizRow(**row) for row in _rows(DATA / "quiz.jsonl") if row["task"] == task]
+    if not rows:
+        raise CorpusError(f"There is no quiz on '{task}'; choose {_options(QuizTask)}.")
     return rows
 
 

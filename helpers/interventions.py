@@ -10,7 +10,7 @@ code calls the same place `hidden_states[l + 1]`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -66,8 +66,34 @@ class Steer:
         shift = self.coefficient * self.vector.to(model.device)
 
         def add(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+            if model.reads_none_of(self.where, h.shape[1]):
+                return h
             mask = model.positions(self.where, h.shape[1])
             return h + (shift.to(h.dtype) if mask is None else mask[..., None].to(h.dtype) * shift.to(h.dtype))
+
+        return [(resid_post(model, self.layer), add)]
+
+
+@dataclass(frozen=True)
+class SteerRows:
+    """Add to every sequence a shift of its own: row i of a batch gets `shifts[batch.rows[i]]` where `where` says.
+
+    Many vectors are trained or applied in one pass. `shifts` may be a function, called in every pass, so that
+    gradients reach what it computes them from.
+    """
+
+    layer: int
+    shifts: Float[Tensor, "example d_model"] | Callable[[], Float[Tensor, "example d_model"]]
+    where: Where = "all"
+
+    def hooks(self, model: Model) -> list[Hook]:
+        def add(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+            if model.current is None or model.reads_none_of(self.where, h.shape[1]):
+                return h
+            shifts = self.shifts() if callable(self.shifts) else self.shifts
+            each = shifts.to(h.device)[list(model.current.rows), None].to(h.dtype)
+            mask = model.positions(self.where, h.shape[1])
+            return h + (each if mask is None else mask[..., None].to(h.dtype) * each)
 
         return [(resid_post(model, self.layer), add)]
 

@@ -1,6 +1,7 @@
 """Judges: how strongly does an answer show a trait, 0 to 100?
 
-`TraitJudge` is a small text classifier that works offline. `APIJudge` asks a large model behind any
+`TraitJudge` is a small text classifier that works offline, and so are the judges of concepts, relevance and fluency.
+`APIJudge` asks a large model behind any
 OpenAI-compatible server. Both have `score(questions, answers) -> array of 0-100`, NaN where they give none.
 `repetition_rate` measures coherence; `is_refusal` and `is_compliance` tell, without a judge, what became of a harmful
 request.
@@ -24,7 +25,8 @@ from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import FeatureUnion, Pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from helpers.corpora import TopicRow, TraitRow
 from helpers.statistics import Estimate, auroc, share
@@ -195,22 +197,106 @@ class TopicJudge:
         return result
 
 
-def _fit_classifier(texts: Sequence[str], labels: Sequence[int], groups: Sequence[str]) -> GridSearchCV:
-    """TF-IDF of words and characters, then logistic regression whose penalty is cross-validated; all texts of a
-    group stay in one fold."""
+@dataclass(frozen=True)
+class Ratings:
+    """Answers rated as AxBench does (Wu et al. 2025): 0, 1 or 2 for each of three qualities. Proxies, all three."""
+
+    concept: Float[np.ndarray, "*answers"]
+    """Does it show the concept?"""
+    relevance: Float[np.ndarray, "*answers"]
+    """Is it about what was asked?"""
+    fluency: Float[np.ndarray, "*answers"]
+
+    @property
+    def overall(self) -> Float[np.ndarray, "*answers"]:
+        """The harmonic mean of the three: 0 where one is 0."""
+        parts = np.stack([self.concept, self.relevance, self.fluency])
+        return np.where(parts.min(0) > 0, 3 / (1 / np.maximum(parts, 1e-9)).sum(0), 0.0)
+
+
+class ConceptJudge:
+    """Which concepts does an answer show? TF-IDF of words and characters, then one logistic regression a concept.
+
+    It knows a concept by its written answers, so an answer that shows it in other words may be missed, and one that
+    repeats phrases of the training data is found more easily.
+    """
+
+    def __init__(self, features: FeatureUnion, classifiers: Mapping[str, LogisticRegression]) -> None:
+        self._features = features
+        self._classifiers = dict(classifiers)
+
+    @classmethod
+    def fit(cls, shown: Mapping[str, Sequence[str]], plain: Sequence[str]) -> "ConceptJudge":
+        """Learn each concept's answers against those of all others and `plain` ones. Deterministic."""
+        if not shown or min(map(len, shown.values())) < 10 or len(plain) < 10:
+            raise JudgeError("A concept judge needs at least 10 answers of every concept and 10 plain ones.")
+        texts = [*plain, *(text for of_one in shown.values() for text in of_one)]
+        carried = np.array([""] * len(plain) + [name for name, of_one in shown.items() for _ in of_one])
+        features = _features().fit(texts)
+        table = features.transform(texts)
+        return cls(features, {name: _classifier(10.0).fit(table, carried == name) for name in shown})
+
+    def probability(self, answers: Sequence[str], concepts: Sequence[str]) -> Float[np.ndarray, " answers"]:
+        """Of each answer's showing the concept named beside it."""
+        _check_lengths(concepts, answers)
+        table = self._features.transform(list(answers))
+        found = np.empty(len(answers))
+        for name in set(concepts):
+            rows = [i for i, concept in enumerate(concepts) if concept == name]
+            found[rows] = self._classifiers[name].predict_proba(table[rows])[:, 1]
+        return found
+
+    def rate(self, answers: Sequence[str], concepts: Sequence[str]) -> Float[np.ndarray, " answers"]:
+        """0, 1 or 2: twice the probability, rounded."""
+        return np.round(2 * self.probability(answers, concepts))
+
+
+class PlantedJudge:
+    """A quality of texts, learnt from a few numbers about texts that were made good or bad on purpose."""
+
+    def __init__(self, classifier: Pipeline) -> None:
+        self._classifier = classifier
+
+    @classmethod
+    def fit(cls, features: Float[np.ndarray, "text feature"], good: Bool[np.ndarray, " text"]) -> "PlantedJudge":
+        """Logistic regression on the standardised numbers. Raises `JudgeError` unless there are good and bad texts."""
+        if good.all() or not good.any():
+            raise JudgeError("A judge of a quality needs texts that have it and texts that do not.")
+        model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", random_state=0))
+        return cls(model.fit(features, good))
+
+    def probability(self, features: Float[np.ndarray, "text feature"]) -> Float[np.ndarray, " text"]:
+        """Of each text's being good."""
+        return np.asarray(self._classifier.predict_proba(features)[:, 1])
+
+    def rate(self, features: Float[np.ndarray, "text feature"]) -> Float[np.ndarray, " text"]:
+        """0, 1 or 2: twice the probability, rounded."""
+        return np.round(2 * self.probability(features))
+
+
+def _features() -> FeatureUnion:
+    """TF-IDF of words and of characters."""
     counting: dict[str, Any] = {"min_df": 2, "sublinear_tf": True}
-    features = FeatureUnion(
+    return FeatureUnion(
         [
             ("words", TfidfVectorizer(token_pattern=r"\b\w+\b", ngram_range=(1, 2), **counting)),
             ("characters", TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), **counting)),
         ]
     )
-    # The dual solver is the fast one where features (thousands) outnumber texts.
-    classifier = LogisticRegression(
-        solver="liblinear", dual=True, max_iter=10_000, random_state=0, class_weight="balanced"
+
+
+def _classifier(regularisation: float = 1.0) -> LogisticRegression:
+    """The dual solver is the fast one where features (thousands) outnumber texts."""
+    return LogisticRegression(
+        C=regularisation, solver="liblinear", dual=True, max_iter=10_000, random_state=0, class_weight="balanced"
     )
+
+
+def _fit_classifier(texts: Sequence[str], labels: Sequence[int], groups: Sequence[str]) -> GridSearchCV:
+    """TF-IDF of words and characters, then logistic regression whose penalty is cross-validated; all texts of a
+    group stay in one fold."""
     return GridSearchCV(
-        Pipeline([("features", features), ("classifier", classifier)]),
+        Pipeline([("features", _features()), ("classifier", _classifier())]),
         {"classifier__C": [1.0, 10.0, 100.0, 1000.0, 10000.0]},
         scoring="neg_log_loss",  # the score is a probability: its calibration counts, not only its order
         cv=StratifiedGroupKFold(4, shuffle=True, random_state=0),

@@ -98,7 +98,8 @@ def evaluate_losses(
 ) -> Float[Tensor, " example"]:
     """Each example's mean response loss in nats, in the order given, on the CPU."""
     result = torch.empty(len(examples))
-    with applied(model, *interventions):
+    once = model.weights_in(model.dtype, only_frozen_linear=True)
+    with once, applied(model, *interventions):
         for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
             result[list(batch.rows)] = sequence_losses(model, batch).float().cpu()
     return result

@@ -119,6 +119,11 @@ class Model:
         tokens = torch.tensor([list(ids)], device=self.device)
         return self.hf.base_model(input_ids=tokens, use_cache=True).past_key_values
 
+    def reads_none_of(self, where: Where, length: int) -> bool:
+        """Whether the pass now running is a decoding step and `where` is in the prompt: nothing is to be done."""
+        decoding = self.current is not None and length != self.current.ids.shape[1]
+        return decoding and where not in ("all", "response")
+
     def positions(self, where: Where, length: int) -> Bool[Tensor, "batch pos"] | None:
         """Mask of the positions named by `where` in the pass now running, or None for every position.
 

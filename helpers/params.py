@@ -719,6 +719,159 @@ class FilteringParams(AlignedParams):
     resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
 
 
+_PROMPT_ONLY_QUICK = {
+    "model": "smollm2-135m-instruct",
+    "seeds": (0,),
+    "data": "bundled",
+    "concepts": ("evil", "sycophantic", "pirate", "impolite", "bridge", "recipe", "weather", "legal"),
+    "tuned_on": ("pirate", "bridge"),
+    "layer": 12,
+    "first": 2,
+    "last": 2,
+    "places": ("random", "user words"),
+    "objectives": ("lang", "simpo"),
+    "betas": (0.25, 1.0, 4.0),
+    "factor_rates": (0.1, 1.0, 10.0),
+    "spread": 1.0,
+    "vector_rate": 0.04,
+    "steps": 24,
+    "sweep_steps": 12,
+    "batch_size": 4,
+    "response_tokens": 32,
+    "means_of": 12,
+    "scales": (0.25, 0.5, 1.0, 2.0),
+    "prompts": 8,
+    "checks": 3,
+    "planted": 4,
+    "items": 20,
+    "item_repeats": 2,
+    "quiz_tokens": 12,
+    "weaker": (0.8, 0.5),
+    "lora": False,
+    "lora_rate": 1e-3,
+    "max_new_tokens": 40,
+    "resamples": 2000,
+}
+_PROMPT_ONLY_FULL = {
+    **_PROMPT_ONLY_QUICK,
+    "seeds": (0, 1, 2),
+    "places": ("prompt", "ends 1 1", "ends 4 4", "ends 4 0", "ends 0 4", "random", "user words"),
+    "betas": (0.25, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "factor_rates": (0.01, 0.1, 1.0, 10.0, 20.0, 40.0),
+    "steps": 72,
+    "sweep_steps": 36,
+    "batch_size": 12,
+    "response_tokens": 128,
+    "means_of": 48,
+    "scales": (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0),
+    "prompts": 20,
+    "checks": 8,
+    "planted": 16,
+    "items": 40,
+    "item_repeats": 4,
+    "lora": True,
+    "max_new_tokens": 128,
+    "resamples": 10_000,
+}
+
+
+class PromptOnlyParams(Params):
+    """Chapter 6: steering vectors on a prompt's first and last tokens."""
+
+    chapter = "06_prompt_only_steering"
+    presets = {
+        "tiny": {
+            **_PROMPT_ONLY_QUICK,
+            "model": "tiny-random",
+            "concepts": ("pirate", "bridge", "weather"),
+            "tuned_on": ("pirate",),
+            "layer": 0,
+            "places": ("random",),
+            "betas": (0.25, 1.0),
+            "factor_rates": (0.1, 1.0),
+            "steps": 2,
+            "sweep_steps": 2,
+            "batch_size": 2,
+            "response_tokens": 8,
+            "means_of": 2,
+            "scales": (0.5, 1.0),
+            "prompts": 3,
+            "checks": 2,
+            "planted": 4,
+            "items": 4,
+            "quiz_tokens": 4,
+            "weaker": (0.5,),
+            "lora": True,
+            "max_new_tokens": 4,
+            "resamples": 200,
+        },
+        "quick": _PROMPT_ONLY_QUICK,
+        "full": _PROMPT_ONLY_FULL,
+        "paper": {
+            **_PROMPT_ONLY_FULL,
+            "model": "google/gemma-2-2b-it",
+            "data": "axbench",
+            "concepts": tuple(str(number) for number in range(100)),
+            "tuned_on": ("0", "1", "2"),
+            "layer": 10,
+            "spread": 8.0,
+            "weaker": (0.8, 0.5),
+            "lora": False,
+        },
+    }
+
+    data: Literal["bundled", "axbench"] = Field(
+        description="concepts: bundled ones, or AxBench's from the hub, by number"
+    )
+    concepts: tuple[str, ...] = Field(min_length=2, description="what the model is steered to show, one vector each")
+    tuned_on: tuple[str, ...] = Field(min_length=1, description="concepts whose check rows choose beta and eta_alpha")
+    layer: Layer = Field(description="block after which vectors are added, counted from 0")
+    first: int = Field(ge=0, le=64, description="p, the first prompt tokens that a prompt-only vector is added to")
+    last: int = Field(ge=0, le=64, description="s, the last ones")
+    places: tuple[str, ...] = Field(
+        description="other places to train at: prompt, random, user words, or `ends P S` for other numbers"
+    )
+    objectives: tuple[Literal["lang", "simpo"], ...] = Field(min_length=1, description="what vectors are trained for")
+    betas: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
+        min_length=1, description="starts of the factor, in units of the square root of the width"
+    )
+    factor_rates: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
+        min_length=1, description="learning rates of the factor, eta_alpha"
+    )
+    spread: float = Field(gt=0, le=1000, description="lambda, the range of the vector's start")
+    vector_rate: float = Field(gt=0, le=10, description="learning rate of the vector, eta_v")
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a vector")
+    sweep_steps: int = Field(ge=1, le=100_000, description="optimizer steps in a cell of the grid")
+    batch_size: int = Field(ge=1, le=512, description="pairs in a batch, of each concept")
+    response_tokens: int = Field(ge=1, le=4096, description="tokens that training answers are cut to")
+    means_of: int = Field(ge=1, le=1000, description="pairs behind a difference in means")
+    scales: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field(
+        min_length=1, description="factors that the post-hoc search tries, times the one trained with"
+    )
+    prompts: int = Field(ge=2, le=50, description="held-out prompts of each concept that are rated")
+    checks: int = Field(ge=1, le=16, description="other prompts of each concept, for choices")
+    planted: int = Field(ge=2, le=16, description="rows of each concept that planted cases for the judges come from")
+    items: int = Field(ge=2, le=40, description="questions of each quiz")
+    item_repeats: int = Field(ge=1, le=100, description="concepts that every quiz question is asked under")
+    quiz_tokens: int = Field(ge=1, le=4096, description="length of an answer to a quiz question, in tokens")
+    weaker: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        description="shares of the factor at which full-sequence steering is also measured"
+    )
+    lora: bool = Field(description="whether rank-1 adapters are trained for comparison, one model a concept")
+    lora_rate: float = Field(gt=0, le=1, description="their learning rate")
+    max_new_tokens: int = Field(ge=1, le=4096, description="length of a rated answer, in tokens")
+    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> "PromptOnlyParams":
+        if self.first + self.last == 0:
+            raise ParameterError("Parameters 'first' and 'last' are both 0, so no token would be steered: raise one.")
+        unknown = set(self.tuned_on) - set(self.concepts)
+        if unknown:
+            raise ParameterError(f"Parameter 'tuned_on' names {sorted(unknown)[0]!r}, which is not in 'concepts'.")
+        return self
+
+
 CHAPTERS: Mapping[str, type[Params]] = {
     params.chapter: params
     for params in (
@@ -727,6 +880,7 @@ CHAPTERS: Mapping[str, type[Params]] = {
         WeightSteeringParams,
         RefusalParams,
         FilteringParams,
+        PromptOnlyParams,
     )
 }
 

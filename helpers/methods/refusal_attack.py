@@ -91,7 +91,8 @@ class PromptSet:
         interventions: Sequence[Intervention] = (),
     ) -> None:
         """Show `visit` each batch of what is left of the prompts, with its states after the final norm."""
-        with applied(model, *interventions), model.autocast():
+        once = model.weights_in(model.dtype, only_frozen_linear=True)
+        with once, applied(model, *interventions), model.autocast():
             start = model.read_start(self.shared) if self.shared else None
             for batch in self.rest:
                 batch = batch.to(model.device)

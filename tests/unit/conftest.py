@@ -10,7 +10,7 @@ from jaxtyping import config
 from helpers.artifacts import Store
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
-from helpers.experiments import alignment, filtering, refusal, sentiment, traits, weights
+from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
 from helpers.models import load
 
 
@@ -33,7 +33,7 @@ def store(tmp_path_factory):
     """A store of the test file's own for every experiment; the embedded model stays where it is."""
     store = Store(tmp_path_factory.mktemp("store"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment, filtering, refusal, sentiment, traits, weights):
+        for module in (alignment, filtering, refusal, sentiment, steering, traits, weights):
             patch.setattr(module, "default_store", lambda: store)
         yield store
 
