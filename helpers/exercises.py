@@ -685,7 +685,7 @@ def check_feature_step(
 def check_overall(fn: Callable[[Any, Any, Any], Any]) -> None:
     """Check `fn(concept, relevance, fluency)`: the harmonic mean of ratings from 0 to 2, 0 where one is 0."""
     grades = torch.tensor([0.0, 1.0, 2.0])
-    parts = torch.cartesian_prod(grades, grades, grades).T.double()
+    parts = torch.cartesian_prod(grades, grades, grades).T
     want = torch.where(parts.amin(0) > 0, 3 / (1 / parts.clamp(min=1e-9)).sum(0), 0.0)
     _compare(
         lambda: torch.as_tensor(fn(*(part.numpy() for part in parts))),
