@@ -303,9 +303,14 @@ def digest(name: str) -> str:
 
 
 def load_hub(
-    name: str, *, split: str = "train", config: str | None = None, revision: str | None = None
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    files: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of a public data set of the Hugging Face hub, or of a local folder of data files.
+    """Rows of a public data set of the Hugging Face hub, or of a local folder of data files; `files` are some of its.
 
     Raises CorpusError with one sentence where the set is gated, does not exist, or cannot be reached.
     """
@@ -314,7 +319,7 @@ def load_hub(
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision, data_files=files)
     except (DatasetNotFoundError, GatedRepoError) as error:
         if isinstance(error, GatedRepoError) or "gated" in str(error):
             raise CorpusError(
@@ -351,6 +356,21 @@ def load_wildguardmix() -> list[tuple[str, bool]]:
     rows = load_hub("allenai/wildguardmix", config="wildguardtrain", split="train")
     labelled = [row for row in rows if not row["adversarial"] and row["prompt_harm_label"] in ("harmful", "unharmful")]
     return [(row["prompt"], row["prompt_harm_label"] == "harmful") for row in labelled]
+
+
+@cache
+def load_axbench(number: int) -> tuple[str, list[tuple[str, str, str | None]]]:
+    """A concept of pyvene/axbench-concept500 (Gemma-2-2B, layer 10) in words, and its rows: instruction, answer that
+    shows the concept, and a plain answer to the same instruction where there is one.
+
+    Raises `CorpusError` for a number that it lacks, and as `load_hub`.
+    """
+    rows = load_hub("pyvene/axbench-concept500", files="2b/l10/train/data.parquet")
+    plain = {row["input"]: row["output"] for row in rows if row["category"] == "negative"}
+    shown = [row for row in rows if row["category"] == "positive" and int(row["concept_id"]) == number]
+    if not shown:
+        raise CorpusError(f"There is no concept {number} in AxBench's Concept500; choose one from 0 to 499.")
+    return shown[0]["output_concept"], [(row["input"], row["output"], plain.get(row["input"])) for row in shown]
 
 
 def load_imdb(split: Literal["train", "test"]) -> list[tuple[str, bool]]:

@@ -731,19 +731,19 @@ _PROMPT_ONLY_QUICK = {
     "places": ("random", "user words"),
     "objectives": ("lang", "simpo"),
     "betas": (0.25, 1.0, 4.0),
-    "factor_rates": (0.02, 1.0),
+    "factor_rates": (0.02, 4.0),
     "spread": 1.0,
     "vector_rate": 0.04,
     "steps": 20,
     "sweep_steps": 8,
     "batch_size": 2,
-    "response_tokens": 32,
+    "response_tokens": 24,
     "means_of": 12,
     "scales": (0.5, 1.0, 2.0),
     "prompts": 6,
     "checks": 3,
-    "planted": 3,
-    "items": 16,
+    "planted": 2,
+    "items": 12,
     "item_repeats": 2,
     "quiz_tokens": 12,
     "weaker": (0.8, 0.5),
@@ -843,7 +843,7 @@ class PromptOnlyParams(Params):
     vector_rate: float = Field(gt=0, le=10, description="learning rate of the vector, eta_v")
     steps: int = Field(ge=1, le=100_000, description="optimizer steps of a vector")
     sweep_steps: int = Field(ge=1, le=100_000, description="optimizer steps in a cell of the grid")
-    batch_size: int = Field(ge=1, le=512, description="pairs in a batch, of each concept")
+    batch_size: int = Field(ge=1, le=512, description="pairs of each concept in a batch; half as many for simpo")
     response_tokens: int = Field(ge=1, le=4096, description="tokens that training answers are cut to")
     means_of: int = Field(ge=1, le=1000, description="pairs behind a difference in means")
     scales: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field(

@@ -24,7 +24,7 @@ from helpers.activations import mean_activations
 from helpers.artifacts import Artifact, default_store
 from helpers.chat import Ends, Example, Middle, Scattered, Where, collate, encode, training_batches
 from helpers.generation import generate
-from helpers.interventions import Steer, SteerRows
+from helpers.interventions import Steer, SteerRows, applied
 from helpers.judges import ConceptJudge, PlantedJudge, Ratings, repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.methods.prompt_only_steering import Objective, Pair, Run, Trained, train_vectors
@@ -81,6 +81,11 @@ class Arm:
     """Times the factor: of all concepts, or of each."""
     seed: int = 0
 
+    @property
+    def adds(self) -> bool:
+        """Whether a vector is added to activations."""
+        return self.method in ("difference in means", "trained")
+
 
 @dataclass(frozen=True)
 class ConceptRow:
@@ -101,11 +106,16 @@ class SteeringExperiment:
             params.model, device=params.device, dtype=params.dtype, layer=params.layer, frozen=True
         )
         self.concepts = params.concepts
+        self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
+        self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}
+        self._trained: dict[Arm, list[Trained]] = {}
 
     # Data
 
     def rows(self, concept: str, part: Literal["train", "check"]) -> list[ConceptRow]:
         """Questions with both answers: trained on, or checked on. No question is in two parts."""
+        if self.params.data == "axbench":
+            return self._axbench(concept)[0 if part == "train" else 1]
         if concept in corpora.available_traits():
             found: Sequence[Any] = corpora.split(
                 corpora.load_trait(concept), {"train": "train", "check": "extract"}[part]
@@ -119,11 +129,38 @@ class SteeringExperiment:
             raise ValueError(f"There are no data for the concept {concept!r}; choose among {', '.join(ASK)}.")
         return [ConceptRow(row.question, row.normal, row.strong) for row in found]
 
+    def _axbench(self, concept: str) -> tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]:
+        """AxBench's rows for training, checking and testing: twenty to test on, and sixteen to check on.
+
+        Where it has no plain answer to an instruction, the unsteered model gives one.
+        """
+        if concept not in self._parts:
+            _, rows = corpora.load_axbench(int(concept))
+            open_ = [question for question, _, plain in rows if plain is None]
+            own = dict(zip(open_, self._say(Arm(), [(0, q) for q in open_], self.params.response_tokens), strict=True))
+            found = [ConceptRow(q, own[q] if plain is None else plain, shown) for q, shown, plain in rows]
+            self._parts[concept] = found[:-36], found[-36:-20], found[-20:]
+        return self._parts[concept]
+
+    def ask(self, concept: str) -> str:
+        """What prompting says, in one sentence."""
+        if self.params.data == "axbench":
+            return f"Bring this into your answer: {corpora.load_axbench(int(concept))[0]}."
+        return ASK[concept]
+
+    def avoid(self, concept: str) -> str:
+        """What a prompt that forbids the concept adds."""
+        if self.params.data == "axbench":
+            return f"Do not mention this: {corpora.load_axbench(int(concept))[0]}."
+        return AVOID[concept]
+
     def questions(self, concept: str, part: Part = "test") -> list[str]:
         """What a steered model is asked: questions of no other part."""
         p = self.params
         if part == "check":
             return [row.question for row in self.rows(concept, "check")][: p.checks]
+        if p.data == "axbench":
+            return [row.question for row in self._axbench(concept)[2]][: p.prompts]
         if concept in corpora.available_traits():
             return [row.question for row in corpora.split(corpora.load_trait(concept), "eval")][: p.prompts]
         return corpora.load_questions("judge")[: p.prompts]
@@ -131,14 +168,18 @@ class SteeringExperiment:
     def pairs(self, concept: str, part: Literal["train", "check"] = "train") -> tuple[Pair, ...]:
         """Training pairs: answers cut to the chapter's length, and without the end of turn, as in the source."""
 
+        if (concept, part) in self._pairs:
+            return self._pairs[concept, part]
+
         def cut(question: str, answer: str) -> Example:
             whole = encode(self.model.tokenizer, question, answer)
             ids = whole.ids[:-1] if whole.ids[-1] == self.model.tokenizer.eos_token_id else whole.ids
             return Example(ids[: whole.prompt_length + self.params.response_tokens], whole.prompt_length)
 
-        return tuple(
+        self._pairs[concept, part] = tuple(
             Pair(cut(row.question, row.strong), cut(row.question, row.normal)) for row in self.rows(concept, part)
         )
+        return self._pairs[concept, part]
 
     def place(self, name: str) -> Where:
         """Positions by name; `random` and `user words` are controls that the source lacks."""
@@ -179,10 +220,14 @@ class SteeringExperiment:
 
     def trained(self, arm: Arm) -> list[Trained]:
         """One vector for every concept, trained in one batched run."""
-        return self._train(self.runs(arm), arm.where, arm.objective, self.params.steps)
+        arm = replace(arm, scale=1.0)
+        if arm not in self._trained:
+            self._trained[arm] = self._train(self.runs(arm), arm.where, arm.objective, self.params.steps)
+        return self._trained[arm]
 
     def _train(self, runs: Sequence[Run], where: str, objective: Objective, steps: int) -> list[Trained]:
         p = self.params
+        size = p.batch_size if objective == "lang" else max(1, p.batch_size // 2)  # as many answers, as in the source
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = train_vectors(
@@ -192,7 +237,7 @@ class SteeringExperiment:
                 where=self.place(where),
                 objective=objective,
                 steps=steps,
-                batch_size=p.batch_size,
+                batch_size=size,
                 label=f"{len(runs)} vectors ({where}, {objective})",
             )
             return {
@@ -209,7 +254,7 @@ class SteeringExperiment:
                 "where": [where, str(self.place(where))],
                 "objective": objective,
                 "steps": steps,
-                "batch_size": p.batch_size,
+                "batch_size": size,
             },
         )
         return [
@@ -305,20 +350,18 @@ class SteeringExperiment:
         return [[text for (i, _), text in zip(asked, said, strict=True) if i == c] for c in range(len(self.concepts))]
 
     def _worded(self, arm: Arm, concept: str, question: str, forbidden: bool) -> str:
-        text = f"{ASK[concept]}\n\nQuestion: {question}" if arm.method == "prompting" else question
-        return f"{text} {AVOID[concept]}" if forbidden else text
+        text = f"{self.ask(concept)}\n\nQuestion: {question}" if arm.method == "prompting" else question
+        return f"{text} {self.avoid(concept)}" if forbidden else text
 
     def _say(self, arm: Arm, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[str]:
         """Answers to (concept, prompt) pairs, each under its concept's steering."""
-        steered = arm.method in ("difference in means", "trained")
-        shifts = self.shifts(arm) if steered else torch.zeros(len(self.concepts), self.model.width)
+        shifts = self.shifts(arm) if arm.adds else torch.zeros(len(self.concepts), self.model.width)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             if arm.method == "LoRA":
                 return {}, {"answers": self._say_adapted(arm, asked, max_new_tokens)}
             prompts = [encode(self.model.tokenizer, text) for _, text in asked]
-            each = shifts[[i for i, _ in asked]]
-            on = [SteerRows(self.params.layer, each, self.place(arm.where))] if steered else []
+            on = self._on(arm, [i for i, _ in asked])
             said = generate(self.model, prompts, max_new_tokens=max_new_tokens, interventions=on, label=arm.method)
             return {}, {"answers": said}
 
@@ -336,6 +379,10 @@ class SteeringExperiment:
             },
         )
         return list(kept.facts["answers"])
+
+    def _on(self, arm: Arm, of: Sequence[int]) -> list[SteerRows]:
+        """The arm's steering of rows that belong to these concepts."""
+        return [SteerRows(self.params.layer, self.shifts(arm)[list(of)], self.place(arm.where))] if arm.adds else []
 
     def _adapter(self, arm: Arm, concept: int) -> dict[str, Any]:
         p = self.params
@@ -462,24 +509,30 @@ class SteeringExperiment:
         batch = collate([prompt], self.model.tokenizer.pad_token_id)
         return f"{int(batch.positions(self.place(place)).sum())} of {len(prompt)}"
 
-    def decoding_costs(self, arms: dict[str, Arm], contexts: Sequence[int], *, turns: int = 3) -> list[dict[str, Any]]:
-        """Milliseconds for one more token of each of four answers, by context length; measured anew in every run."""
-        more, found = 8, []
+    def decoding_costs(self, arms: dict[str, Arm], contexts: Sequence[int], *, steps: int = 12) -> list[dict[str, Any]]:
+        """Median milliseconds for one more token of each of four answers, by context; measured anew in every run.
+
+        Arms take turns at every step, so that a busy machine slows them alike.
+        """
+        read = partial(self.model.hf.base_model, use_cache=True)
+        found = []
         for length in contexts:
             ids = encode(self.model.tokenizer, "again and " * length).ids
-            prompts = [Example((*ids[: length - 8], *ids[-8:]), length)] * 4
+            batch = collate([Example((*ids[: length - 8], *ids[-8:]), length)] * 4, 0).to(self.model.device)
             seconds: dict[str, list[float]] = {name: [] for name in arms}
-            for _ in range(turns):
-                for name, arm in arms.items():
-                    each = self.shifts(arm)[[0] * 4] if arm.method == "trained" else None
-                    on = [] if each is None else [SteerRows(self.params.layer, each, self.place(arm.where))]
-                    taken = []
-                    for tokens in (1, 1 + more):
-                        start = time.perf_counter()
-                        generate(self.model, prompts, max_new_tokens=tokens, interventions=on)
-                        taken.append(time.perf_counter() - start)
-                    seconds[name].append((taken[1] - taken[0]) / more)
-            found.append({"context, tokens": length, **{n: 1000 * min(s) for n, s in seconds.items()}})
+            on = {name: self._on(arm, [0] * 4) for name, arm in arms.items()}
+            caches: dict[str, Any] = {}
+            with torch.inference_mode(), self.model.reading(batch), self.model.weights_in(self.model.dtype):
+                for _ in range(steps + 1):
+                    for name in arms:
+                        with applied(self.model, *on[name]), self.model.autocast():
+                            if name not in caches:
+                                caches[name] = read(input_ids=batch.ids).past_key_values
+                            start = time.perf_counter()
+                            read(input_ids=batch.ids[:, :1], past_key_values=caches[name])[0].sum().item()
+                            seconds[name].append(time.perf_counter() - start)
+            medians = {name: 1000 * float(np.median(s[1:])) for name, s in seconds.items()}
+            found.append({"context, tokens": length, **medians})
         return found
 
     def _artifact(self, stage: str, compute: Any, parameters: dict[str, Any]) -> Artifact:

@@ -116,7 +116,7 @@ def train_vectors(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     draws = [run.draws(steps, batch_size) for run in runs]
-    reference = _reference(model, runs) if objective == "simpo" else None
+    reference = _reference(model, runs, draws) if objective == "simpo" else None
     losses: list[list[float]] = [[] for _ in runs]
 
     def shifts() -> Float[Tensor, "run d_model"]:
@@ -180,7 +180,7 @@ def _terms(
     part: list[tuple[int, int]],
     draws: list[list[list[int]]],
     step: int,
-    reference: list[Float[Tensor, " _"]] | None,
+    reference: dict[tuple[int, int], float] | None,
 ) -> Float[Tensor, " pair"]:
     """What each pair adds to its run's loss: a mean over the run's tokens (lang) or pairs (simpo) of this step."""
     pairs, rows = [runs[r].pairs[i] for r, i in part], [r for r, _ in part]
@@ -190,7 +190,7 @@ def _terms(
         return sums / torch.tensor(tokens, device=sums.device)
     sums = -sequence_sums(model, _batch(model, [p.shown for p in pairs] + [p.neutral for p in pairs], rows * 2))
     shown, neutral = sums.chunk(2)
-    gap = torch.stack([reference[r][i] for r, i in part]).to(sums)
+    gap = torch.tensor([reference[at] for at in part]).to(sums)
     lengths = tuple(torch.tensor([_length(getattr(p, n)) for p in pairs]).to(sums) for n in ("shown", "neutral"))
     among = torch.tensor([len(draws[r][step]) for r in rows], device=sums.device)
     return simpo_loss(shown, neutral, gap, (lengths[0], lengths[1])) / among
@@ -205,14 +205,17 @@ def _batch(model: Model, examples: Sequence[Example], rows: Sequence[int]) -> Ba
 
 
 @torch.no_grad()
-def _reference(model: Model, runs: Sequence[Run]) -> list[Float[Tensor, " _"]]:
-    """log pi_ref(neutral) - log pi_ref(shown) of every pair, by the unsteered model."""
-    every = [e for run in runs for pair in run.pairs for e in (pair.shown, pair.neutral)]
+def _reference(
+    model: Model, runs: Sequence[Run], draws: Sequence[Sequence[Sequence[int]]]
+) -> dict[tuple[int, int], float]:
+    """log pi_ref(neutral) - log pi_ref(shown) of every pair that a run will meet, by the unsteered model."""
+    met = [(r, i) for r, of_run in enumerate(draws) for i in sorted({i for step in of_run for i in step})]
+    every = [e for r, i in met for e in (runs[r].pairs[i].shown, runs[r].pairs[i].neutral)]
     sums = torch.empty(len(every))
-    for batch in batches(every, 32, model.tokenizer.pad_token_id):
-        sums[list(batch.rows)] = sequence_sums(model, batch).float().cpu()
-    gaps = sums[0::2] - sums[1::2]  # minus log-probabilities
-    return list(gaps.split([len(run.pairs) for run in runs]))
+    with model.weights_in(model.dtype, only_frozen_linear=True):
+        for batch in batches(every, 32, model.tokenizer.pad_token_id):
+            sums[list(batch.rows)] = sequence_sums(model, batch).float().cpu()
+    return dict(zip(met, (sums[0::2] - sums[1::2]).tolist(), strict=True))  # minus log-probabilities
 
 
 # Keeping a vector

@@ -14,6 +14,7 @@ from helpers.corpora import (
     load_points,
     load_prompts,
     load_questions,
+    load_quiz,
     load_refusal,
     load_reviews,
     load_style,
@@ -45,6 +46,7 @@ POINT_COUNTS = {
     ("list", "train"): 60,
 }
 POINTS = {place: load_points(*place) for place in POINT_COUNTS}
+QUIZZES = {task: load_quiz(task) for task in ("facts", "reading", "opposites")}
 STYLES = {(style, name): load_style(style, name) for style in ("weather", "legal") for name in ("train", "validate")}
 REVIEWS = {name: load_reviews(name) for name in ("train", "test")}
 
@@ -93,7 +95,8 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts |= {row.id: row.text for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows}
     texts |= {row.id: row.request for rows in POINTS.values() for row in rows}
     texts |= {row.id: row.question for rows in STYLES.values() for row in rows}
-    assert len(texts) == 4 * 128 + 168 + 100 + 1094 + 520 + 800 + 290 + 144
+    texts |= {row.id: row.question for rows in QUIZZES.values() for row in rows}
+    assert len(texts) == 4 * 128 + 168 + 100 + 1094 + 520 + 800 + 290 + 144 + 120
     assert not near_duplicates(texts)
 
 
@@ -441,6 +444,25 @@ def test_style_answers_do_not_share_an_opening_and_plain_ones_lack_the_style(sty
         "legal": r"\b(hereby|clause|hereinafter|pursuant)\b",
     }
     assert not any(re.search(telling[style], row.normal.lower()) for row in rows)
+
+
+# Quizzes
+
+
+def test_quizzes_have_answers_that_their_questions_do_not_give_away():
+    for task, rows in QUIZZES.items():
+        assert [row.id for row in rows] == [f"quiz-{task}-{n:03d}" for n in range(1, 41)]
+        for row in rows:
+            assert row.answers == [answer.lower() for answer in row.answers] and row.answers
+            assert row.right(f"It is {row.answers[0].upper()}.")
+            assert row.right(row.question) == (task == "reading"), row.id  # the passage holds the answer
+
+
+def test_no_quiz_answer_is_right_too_often():
+    """Nobody scores by saying one word to everything."""
+    for rows in QUIZZES.values():
+        words = {answer for row in rows for answer in row.answers}
+        assert max(sum(row.right(word) for row in rows) for word in words) <= 3
 
 
 # Prompts

@@ -143,8 +143,9 @@ def test_spoilt_texts_keep_their_length():
 
 
 def test_costs_are_positive(exp):
-    (row,) = exp.decoding_costs({"unsteered": Arm(), "PrOSV": ENDS}, contexts=(48,), turns=1)
+    (row,) = exp.decoding_costs({"unsteered": Arm(), "PrOSV": ENDS}, contexts=(48,), steps=2)
     assert row["context, tokens"] == 48 and set(row) == {"context, tokens", "unsteered", "PrOSV"}
+    assert min(row.values()) > 0
 
 
 def test_an_unknown_concept_says_which_there_are(store):
