@@ -749,7 +749,7 @@ _PROMPT_ONLY_QUICK = {
     "weaker": (0.8, 0.5),
     "lora": False,
     "lora_rate": 1e-3,
-    "max_new_tokens": 32,
+    "max_new_tokens": 24,
     "resamples": 2000,
 }
 _PROMPT_ONLY_FULL = {

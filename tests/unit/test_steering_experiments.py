@@ -152,3 +152,26 @@ def test_an_unknown_concept_says_which_there_are(store):
     exp = SteeringExperiment(params(concepts=("pirate", "opera"), tuned_on=("pirate",)))
     with pytest.raises(ValueError, match="no data for the concept 'opera'"):
         exp.rows("opera", "train")
+
+
+def test_axbench_rows_fall_into_three_parts(store, monkeypatch):
+    """Rows in the form of the hub's: where no plain answer is given, the unsteered model gives one."""
+    rows = [
+        {"input": f"Question {n} of {c}?", "output": f"Shown {n}", "output_concept": f"concept {c}", "concept_id": c}
+        for c in (0, 1)
+        for n in range(40)
+    ]
+    rows = [{**row, "category": "positive"} for row in rows]
+    plain = {"output": "Plain", "output_concept": "EEEEE", "concept_id": -1, "category": "negative"}
+    rows.append({"input": "Question 0 of 0?", **plain})
+    monkeypatch.setattr(corpora, "load_hub", lambda name, **more: rows)
+    corpora.load_axbench.cache_clear()
+    exp = SteeringExperiment(params(data="axbench", concepts=("0", "1"), tuned_on=("0",)))
+    train, check, test = (exp.rows("0", "train"), exp.rows("0", "check"), exp.questions("0"))
+    assert (len(train), len(check), len(test)) == (4, 16, 3)
+    assert train[0].normal == "Plain" and train[1].normal != "Plain" and train[0].strong == "Shown 0"
+    assert not {r.question for r in train} & {r.question for r in check} and "Question 20 of 0?" == test[0]
+    assert "concept 1" in exp.ask("1") and "concept 1" in exp.avoid("1")
+    with pytest.raises(corpora.CorpusError, match="no concept 7"):
+        corpora.load_axbench(7)
+    corpora.load_axbench.cache_clear()
