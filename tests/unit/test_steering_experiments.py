@@ -170,7 +170,7 @@ def test_axbench_rows_fall_into_three_parts(store, monkeypatch):
     train, check, test = (exp.rows("0", "train"), exp.rows("0", "check"), exp.questions("0"))
     assert (len(train), len(check), len(test)) == (4, 16, 3)
     assert train[0].normal == "Plain" and train[1].normal != "Plain" and train[0].strong == "Shown 0"
-    assert not {r.question for r in train} & {r.question for r in check} and "Question 20 of 0?" == test[0]
+    assert not {r.question for r in train} & {r.question for r in check} and test[0] == "Question 20 of 0?"
     assert "concept 1" in exp.ask("1") and "concept 1" in exp.avoid("1")
     with pytest.raises(corpora.CorpusError, match="no concept 7"):
         corpora.load_axbench(7)
