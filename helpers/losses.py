@@ -17,28 +17,40 @@ WORTH_SHARING = 8
 
 
 def token_losses(
-    model: Model, batch: Batch, *, share_prefix: bool = False
+    model: Model,
+    batch: Batch,
+    *,
+    share_prefix: bool = False,
+    states: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
     """Cross-entropy in nats of every response token, and the row of the batch that each belongs to.
 
     The vocabulary is most of a small model's output cost, so hidden states are selected before they meet it.
     """
     batch = batch.to(model.device)
-    logits = response_logits(model, batch, share_prefix=share_prefix)
+    logits = response_logits(model, batch, share_prefix=share_prefix, states=states)
     losses = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none")
     return losses, batch.predicting.nonzero()[:, 0]
 
 
-def response_logits(model: Model, batch: Batch, *, share_prefix: bool = False) -> Float[Tensor, "token vocabulary"]:
+def response_logits(
+    model: Model,
+    batch: Batch,
+    *,
+    share_prefix: bool = False,
+    states: Float[Tensor, "batch pos d_model"] | None = None,
+) -> Float[Tensor, "token vocabulary"]:
     """Float32 logits at the positions that predict a response token, row after row of the batch.
 
     With `share_prefix`, what all rows begin with (a system message) is read once and its keys and values are shared,
     which differs from reading it in every row by rounding alone. Not while a hook is on: a hook expects whole rows.
+    With `states` the first block reads these instead of the tokens' embeddings.
     """
     batch = batch.to(model.device)
-    shared = _shared_prefix(model, batch) if share_prefix else 0
+    shared = _shared_prefix(model, batch) if share_prefix and states is None else 0
     read = model.hf.base_model
-    inputs = {"input_ids": batch.ids[:, shared:], "attention_mask": batch.attention.long(), "use_cache": False}
+    given = {"input_ids": batch.ids[:, shared:]} if states is None else {"inputs_embeds": states}
+    inputs = {**given, "attention_mask": batch.attention.long(), "use_cache": False}
     with model.reading(batch), model.autocast():
         if shared:
             start = model.read_start(batch.ids[0, :shared].tolist())
@@ -65,9 +77,14 @@ def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
     return _sequence_means(token_losses(model, batch, share_prefix=True)[0], batch)
 
 
-def sequence_sums(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
-    """Cross-entropy summed over each sequence's response tokens, in nats: what it adds to a mean over tokens."""
-    return _sequence_totals(token_losses(model, batch, share_prefix=True)[0], batch)
+def sequence_sums(
+    model: Model, batch: Batch, *, states: Float[Tensor, "batch pos d_model"] | None = None
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy summed over each sequence's response tokens, in nats: what it adds to a mean over tokens.
+
+    With `states` the first block reads these instead of the tokens' embeddings.
+    """
+    return _sequence_totals(token_losses(model, batch, share_prefix=True, states=states)[0], batch)
 
 
 def _sequence_means(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:

@@ -114,6 +114,22 @@ class Model:
         finally:
             self.current = before
 
+    @contextlib.contextmanager
+    def only_blocks(self, first: int, last: int) -> Iterator[None]:
+        """While open, the model is its blocks from `first` to `last`: for passes that start or stop in the middle.
+
+        Without its last block it has no final norm either: what it gives is the residual stream.
+        """
+        stack = self.hf.base_model
+        layers, norm = stack.layers, stack.norm
+        stack.layers = layers[first : last + 1]
+        if last < self.layers - 1:
+            stack.norm = nn.Identity()
+        try:
+            yield
+        finally:
+            stack.layers, stack.norm = layers, norm
+
     def read_start(self, ids: Sequence[int]) -> Any:
         """The key-value cache of one row after these tokens: what many prompts begin with is read once."""
         tokens = torch.tensor([list(ids)], device=self.device)

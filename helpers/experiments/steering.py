@@ -27,7 +27,7 @@ from helpers.generation import generate
 from helpers.interventions import Steer, SteerRows, applied
 from helpers.judges import ConceptJudge, PlantedJudge, Ratings, repetition_rate
 from helpers.losses import evaluate_losses
-from helpers.methods.prompt_only_steering import Objective, Pair, Run, Trained, train_vectors
+from helpers.methods.prompt_only_steering import Objective, Pair, Run, States, Trained, train_vectors
 from helpers.models import LoRA, Model, load
 from helpers.params import PromptOnlyParams
 from helpers.training import finetune
@@ -209,6 +209,11 @@ class SteeringExperiment:
 
     # Vectors
 
+    @cached_property
+    def states(self) -> States:
+        """What the chapter's layer gives for training pairs, read once for all arms."""
+        return States(self.model, self.params.layer)
+
     def runs(self, arm: Arm) -> list[Run]:
         """What is trained for an arm: the cell of the grid that served best on other concepts, for every concept."""
         p = self.params
@@ -238,6 +243,7 @@ class SteeringExperiment:
                 objective=objective,
                 steps=steps,
                 batch_size=size,
+                states=self.states,
                 label=f"{len(runs)} vectors ({where}, {objective})",
             )
             return {

@@ -13,13 +13,14 @@ rate whatever the gradient's size, so a step changes alpha v by eta_v alpha s + 
 (s, s': signs): the features move by the same amount at any width n if eta_v eta_alpha does not depend on n.
 
 Vectors for many concepts are trained in one run: rows of a batch belong to different runs and each gets its own shift,
-so the gradient of a sum of losses is, run by run, the gradient of each loss alone.
+so the gradient of a sum of losses is, run by run, the gradient of each loss alone. Blocks up to l know nothing of the
+vectors: each sequence goes through them once, and training through the others only.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,8 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.chat import Batch, Ends, Example, Where, batches, collate
-from helpers.interventions import Steer, SteerRows, applied
+from helpers.chat import Ends, Example, Where, batches, collate
+from helpers.interventions import Steer, resid_post
 from helpers.losses import sequence_sums
 from helpers.models import Model
 
@@ -85,6 +86,45 @@ class Trained:
     """The objective at each step."""
 
 
+class States:
+    """What the unsteered model's block `layer` gives for each example: read once, kept for every step, run and arm.
+
+    Raises `ValueError` for a layer that does not exist.
+    """
+
+    def __init__(self, model: Model, layer: int) -> None:
+        resid_post(model, layer)  # says so if there is no such block
+        self.model, self.layer = model, layer
+        self._kept: dict[Example, Float[Tensor, "_ d_model"]] = {}
+
+    @torch.no_grad()
+    def read(self, examples: Iterable[Example]) -> None:
+        """Read those that have not been read yet."""
+        model, new = self.model, [e for e in dict.fromkeys(examples) if e not in self._kept]
+        with model.only_blocks(0, self.layer), model.autocast():
+            for batch in batches(new, 32, model.tokenizer.pad_token_id):
+                batch = batch.to(model.device)
+                inputs = {"input_ids": batch.ids, "attention_mask": batch.attention.long(), "use_cache": False}
+                for row, states in zip(batch.rows, model.hf.base_model(**inputs)[0], strict=True):
+                    self._kept[new[row]] = states[: len(new[row])].clone()
+
+    def losses(
+        self,
+        examples: Sequence[Example],
+        shifts: Float[Tensor, "example d_model"] | None = None,
+        where: Where = "all",
+    ) -> Float[Tensor, " example"]:
+        """Cross-entropy summed over each response, in nats, with `shifts[i]` added to example i where `where` says.
+
+        As with `SteerRows`, by the blocks above: inside `Model.only_blocks`, and for examples that have been read.
+        """
+        batch = collate(examples, self.model.tokenizer.pad_token_id).to(self.model.device)
+        states = torch.nn.utils.rnn.pad_sequence([self._kept[e] for e in examples], batch_first=True)
+        if shifts is not None:
+            states = states + batch.positions(where)[..., None].to(states) * shifts[:, None].to(states)
+        return sequence_sums(self.model, batch, states=states)
+
+
 def train_vectors(
     model: Model,
     runs: Sequence[Run],
@@ -95,12 +135,14 @@ def train_vectors(
     steps: int = 72,
     batch_size: int = 12,
     rows: int = 24,
+    states: States | None = None,
     label: str = "steering vectors",
 ) -> list[Trained]:
     """Train alpha and v of every run at once: Adam, linear decay, v's gradient clipped to norm 1, alpha's not.
 
-    The model stays frozen. `rows` sequences are read at a time, whatever the batch, which bounds memory. Results are
-    those of training one run after another, but for rounding.
+    The model stays frozen. `rows` sequences are read at a time, whatever the batch, which bounds memory; `states` are
+    those that an earlier call has read at this layer. Results are those of training one run after another, but for
+    rounding.
 
     Raises `ValueError` for a run without pairs, a layer that does not exist, or a loss that is not finite.
     """
@@ -116,22 +158,27 @@ def train_vectors(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     draws = [run.draws(steps, batch_size) for run in runs]
-    reference = _reference(model, runs, draws) if objective == "simpo" else None
+    states = states or States(model, layer)
+    met = {(r, i) for r, of_run in enumerate(draws) for drawn in of_run for i in drawn}
+    sides = ("shown", "neutral") if objective == "simpo" else ("shown",)
     losses: list[list[float]] = [[] for _ in runs]
 
     def shifts() -> Float[Tensor, "run d_model"]:
         return torch.stack([a * v for a, v in zip(factors, vectors, strict=True)])
 
+    with model.weights_in(model.dtype, only_frozen_linear=True):
+        states.read(getattr(runs[r].pairs[i], side) for r, i in sorted(met) for side in sides)
     with (
-        applied(model, SteerRows(layer, shifts, where)),
         model.weights_in(model.dtype, only_frozen_linear=True),
+        model.only_blocks(layer + 1, model.layers - 1),
         tqdm(total=steps, desc=label, leave=False, unit="step") as progress,
     ):
+        reference = _reference(states, runs, sorted(met), rows // 2) if objective == "simpo" else None
         for step in range(steps):
             drawn = [(r, i) for r, of_run in enumerate(draws) for i in of_run[step]]
             found = [0.0] * len(runs)
             for part in _parts(runs, drawn, rows if objective == "lang" else rows // 2):
-                terms = _terms(model, runs, part, draws, step, reference)
+                terms = _terms(states, runs, part, draws, step, shifts(), where, reference)
                 total = terms.sum()
                 if not bool(torch.isfinite(total)):
                     raise ValueError(f"The loss is not finite at step {step + 1}; lower beta or the learning rates.")
@@ -175,20 +222,23 @@ def _parts(runs: Sequence[Run], drawn: list[tuple[int, int]], size: int) -> list
 
 
 def _terms(
-    model: Model,
+    states: States,
     runs: Sequence[Run],
     part: list[tuple[int, int]],
     draws: list[list[list[int]]],
     step: int,
+    shifts: Float[Tensor, "run d_model"],
+    where: Where,
     reference: dict[tuple[int, int], float] | None,
 ) -> Float[Tensor, " pair"]:
     """What each pair adds to its run's loss: a mean over the run's tokens (lang) or pairs (simpo) of this step."""
     pairs, rows = [runs[r].pairs[i] for r, i in part], [r for r, _ in part]
+    shown_ones = [p.shown for p in pairs]
     if reference is None:
-        sums = sequence_sums(model, _batch(model, [p.shown for p in pairs], rows))
+        sums = states.losses(shown_ones, shifts[rows], where)
         tokens = [sum(_length(runs[r].pairs[i].shown) for i in draws[r][step]) for r in rows]
         return sums / torch.tensor(tokens, device=sums.device)
-    sums = -sequence_sums(model, _batch(model, [p.shown for p in pairs] + [p.neutral for p in pairs], rows * 2))
+    sums = -states.losses(shown_ones + [p.neutral for p in pairs], shifts[rows * 2], where)
     shown, neutral = sums.chunk(2)
     gap = torch.tensor([reference[at] for at in part]).to(sums)
     lengths = tuple(torch.tensor([_length(getattr(p, n)) for p in pairs]).to(sums) for n in ("shown", "neutral"))
@@ -200,22 +250,17 @@ def _length(example: Example) -> int:
     return len(example) - example.prompt_length
 
 
-def _batch(model: Model, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    return collate(examples, model.tokenizer.pad_token_id, rows=rows)
-
-
 @torch.no_grad()
 def _reference(
-    model: Model, runs: Sequence[Run], draws: Sequence[Sequence[Sequence[int]]]
+    states: States, runs: Sequence[Run], met: Sequence[tuple[int, int]], size: int
 ) -> dict[tuple[int, int], float]:
     """log pi_ref(neutral) - log pi_ref(shown) of every pair that a run will meet, by the unsteered model."""
-    met = [(r, i) for r, of_run in enumerate(draws) for i in sorted({i for step in of_run for i in step})]
-    every = [e for r, i in met for e in (runs[r].pairs[i].shown, runs[r].pairs[i].neutral)]
-    sums = torch.empty(len(every))
-    with model.weights_in(model.dtype, only_frozen_linear=True):
-        for batch in batches(every, 32, model.tokenizer.pad_token_id):
-            sums[list(batch.rows)] = sequence_sums(model, batch).float().cpu()
-    return dict(zip(met, (sums[0::2] - sums[1::2]).tolist(), strict=True))  # minus log-probabilities
+    found: dict[tuple[int, int], float] = {}
+    for part in _parts(runs, list(met), size):
+        pairs = [runs[r].pairs[i] for r, i in part]
+        shown, neutral = states.losses([p.shown for p in pairs] + [p.neutral for p in pairs]).chunk(2)
+        found |= dict(zip(part, (shown - neutral).tolist(), strict=True))  # losses are minus log-probabilities
+    return found
 
 
 # Keeping a vector

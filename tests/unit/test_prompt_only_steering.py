@@ -12,6 +12,7 @@ from helpers.losses import sequence_sums, token_losses
 from helpers.methods.prompt_only_steering import (
     Pair,
     Run,
+    States,
     load_vector,
     save_vector,
     simpo_loss,
@@ -59,6 +60,31 @@ def test_many_at_once_are_one_after_another(model, pairs, objective):
         torch.testing.assert_close(found.steer.vector, alone.steer.vector, rtol=0, atol=1e-5)
         assert found.steer.coefficient == pytest.approx(alone.steer.coefficient, abs=1e-5)
         assert found.losses == pytest.approx(alone.losses, abs=1e-5)
+
+
+def test_going_on_from_stored_states_is_reading_everything(model, pairs):
+    """Losses, and their gradients in the shifts, are those of the whole model with the hook on."""
+    examples = [side for pair in pairs for side in (pair.shown, pair.neutral)]
+    drawn = torch.randn(len(examples), model.width, generator=torch.Generator().manual_seed(0))
+    states = States(model, 0)
+    states.read(examples)
+    for where in ("all", "prompt", Ends(2, 2), Middle(3, 3), Scattered(4)):
+        whole, resumed = (drawn.clone().requires_grad_() for _ in range(2))
+        with applied(model, SteerRows(0, lambda shifts=whole: shifts, where)):
+            want = sequence_sums(model, collate(examples, model.tokenizer.pad_token_id))
+        with model.only_blocks(1, model.layers - 1):
+            got = states.losses(examples, resumed, where)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(
+            torch.autograd.grad(got.sum(), resumed)[0], torch.autograd.grad(want.sum(), whole)[0]
+        )
+
+
+def test_a_model_without_some_blocks_is_whole_again_afterwards(model, pairs):
+    before = logits(model, pairs[0].shown)
+    with pytest.raises(KeyError), model.only_blocks(1, 1):
+        raise KeyError
+    assert torch.equal(logits(model, pairs[0].shown), before)
 
 
 def test_micro_batches_do_not_change_what_is_learnt(model, pairs):
