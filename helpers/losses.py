@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,13 +23,14 @@ def token_losses(
     *,
     share_prefix: bool = False,
     states: Float[Tensor, "batch pos d_model"] | None = None,
+    past: Any = None,
 ) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
     """Cross-entropy in nats of every response token, and the row of the batch that each belongs to.
 
     The vocabulary is most of a small model's output cost, so hidden states are selected before they meet it.
     """
     batch = batch.to(model.device)
-    logits = response_logits(model, batch, share_prefix=share_prefix, states=states)
+    logits = response_logits(model, batch, share_prefix=share_prefix, states=states, past=past)
     losses = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none")
     return losses, batch.predicting.nonzero()[:, 0]
 
@@ -39,22 +41,27 @@ def response_logits(
     *,
     share_prefix: bool = False,
     states: Float[Tensor, "batch pos d_model"] | None = None,
+    past: Any = None,
 ) -> Float[Tensor, "token vocabulary"]:
     """Float32 logits at the positions that predict a response token, row after row of the batch.
 
     With `share_prefix`, what all rows begin with (a system message) is read once and its keys and values are shared,
     which differs from reading it in every row by rounding alone. Not while a hook is on: a hook expects whole rows.
-    With `states` the first block reads these instead of the tokens' embeddings.
+    With `states` the first block reads these instead of the tokens' embeddings; they are those of the tokens that
+    follow `past`, a key-value cache, if there is one.
     """
     batch = batch.to(model.device)
     shared = _shared_prefix(model, batch) if share_prefix and states is None else 0
+    if past is not None:
+        shared = past.get_seq_length()
     read = model.hf.base_model
     given = {"input_ids": batch.ids[:, shared:]} if states is None else {"inputs_embeds": states}
     inputs = {**given, "attention_mask": batch.attention.long(), "use_cache": False}
     with model.reading(batch), model.autocast():
-        if shared:
-            start = model.read_start(batch.ids[0, :shared].tolist())
-            inputs |= {"past_key_values": repeated(start, len(batch.rows)), "use_cache": True}
+        if shared and past is None:
+            past = repeated(model.read_start(batch.ids[0, :shared].tolist()), len(batch.rows))
+        if past is not None:
+            inputs |= {"past_key_values": past, "use_cache": True}
         hidden = read(**inputs)[0]
         logits = model.hf.get_output_embeddings()(hidden[batch.predicting[:, shared:]])
         cap = getattr(model.hf.config, "final_logit_softcapping", None)
@@ -78,13 +85,13 @@ def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
 
 
 def sequence_sums(
-    model: Model, batch: Batch, *, states: Float[Tensor, "batch pos d_model"] | None = None
+    model: Model, batch: Batch, *, states: Float[Tensor, "batch pos d_model"] | None = None, past: Any = None
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy summed over each sequence's response tokens, in nats: what it adds to a mean over tokens.
 
-    With `states` the first block reads these instead of the tokens' embeddings.
+    `states` and `past` are those of `response_logits`.
     """
-    return _sequence_totals(token_losses(model, batch, share_prefix=True, states=states)[0], batch)
+    return _sequence_totals(token_losses(model, batch, share_prefix=True, states=states, past=past)[0], batch)
 
 
 def _sequence_means(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:

@@ -18,7 +18,7 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -182,11 +182,22 @@ class Model:
 
 def repeated(start: Any, rows: int) -> Any:
     """A copy of a key-value cache of one row (`Model.read_start`) for `rows` rows; gradients flow through."""
+    return _copied(start, lambda kept: kept.expand(rows, -1, -1, -1))
+
+
+def chosen_rows(start: Any, rows: Sequence[int]) -> Any:
+    """A copy of a key-value cache whose row i is row `rows[i]` of `start`; gradients flow through."""
+    return _copied(start, lambda kept: kept[list(rows)])
+
+
+def _copied(start: Any, change: Callable[[Tensor], Tensor]) -> Any:
     from transformers import DynamicCache
 
-    copy = DynamicCache()
+    copy, first = DynamicCache(), next(part for part in start.layers if part.is_initialized)
     for layer, part in enumerate(start.layers):
-        copy.update(*(t.expand(rows, -1, -1, -1) for t in (part.keys, part.values)), layer)
+        # blocks that `Model.only_blocks` left out have no keys; the cache is asked there how long it is
+        kept = (part.keys, part.values) if part.is_initialized else (first.keys, first.values)
+        copy.update(*map(change, kept), layer)
     return copy
 
 

@@ -19,6 +19,7 @@ vectors: each sequence goes through them once, and training through the others o
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.chat import Ends, Example, Where, batches, collate
+from helpers.chat import Ends, Example, Where, batches, collate, shared_start
 from helpers.interventions import Steer, resid_post
-from helpers.losses import sequence_sums
-from helpers.models import Model
+from helpers.losses import WORTH_SHARING, sequence_sums
+from helpers.models import Model, chosen_rows
 
 Objective = Literal["lang", "simpo"]
 """`lang`: cross-entropy of the answer that shows the concept. `simpo`: prefer it to a neutral one."""
@@ -111,18 +112,30 @@ class States:
     def losses(
         self,
         examples: Sequence[Example],
-        shifts: Float[Tensor, "example d_model"] | None = None,
+        shifts: Float[Tensor, "vector d_model"],
+        of: Sequence[int],
         where: Where = "all",
     ) -> Float[Tensor, " example"]:
-        """Cross-entropy summed over each response, in nats, with `shifts[i]` added to example i where `where` says.
+        """Cross-entropy summed over each response, in nats, with `shifts[of[i]]` added to example i where `where` says.
 
-        As with `SteerRows`, by the blocks above: inside `Model.only_blocks`, and for examples that have been read.
+        As with `SteerRows`, by the blocks above: inside `Model.only_blocks`, and for examples that have been read. What
+        examples begin with (a system message) is read once for all that are steered alike there.
         """
-        batch = collate(examples, self.model.tokenizer.pad_token_id).to(self.model.device)
+        model = self.model
+        batch = collate(examples, model.tokenizer.pad_token_id).to(model.device)
+        steered = batch.positions(where)
         states = torch.nn.utils.rnn.pad_sequence([self._kept[e] for e in examples], batch_first=True)
-        if shifts is not None:
-            states = states + batch.positions(where)[..., None].to(states) * shifts[:, None].to(states)
-        return sequence_sums(self.model, batch, states=states)
+        states = states + steered[..., None].to(states) * shifts[list(of), None].to(states)
+        shared = min(shared_start(examples), min(e.prompt_length for e in examples) - 1)
+        begins = [(v, *row) for v, row in zip(of, steered[:, :shared].tolist(), strict=True)]
+        first = {begin: len(begins) - 1 - i for i, begin in enumerate(reversed(begins))}
+        if len(first) == len(examples) or shared < WORTH_SHARING:
+            return sequence_sums(model, batch, states=states)
+        with model.autocast():
+            begun = model.hf.base_model(inputs_embeds=states[list(first.values()), :shared], use_cache=True)
+        place = {begin: row for row, begin in enumerate(first)}
+        past = chosen_rows(begun.past_key_values, [place[begin] for begin in begins])
+        return sequence_sums(model, batch, states=states[:, shared:], past=past)
 
 
 def train_vectors(
@@ -166,13 +179,11 @@ def train_vectors(
     def shifts() -> Float[Tensor, "run d_model"]:
         return torch.stack([a * v for a, v in zip(factors, vectors, strict=True)])
 
-    with model.weights_in(model.dtype, only_frozen_linear=True):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(model.weights_in(model.dtype, only_frozen_linear=True))
         states.read(getattr(runs[r].pairs[i], side) for r, i in sorted(met) for side in sides)
-    with (
-        model.weights_in(model.dtype, only_frozen_linear=True),
-        model.only_blocks(layer + 1, model.layers - 1),
-        tqdm(total=steps, desc=label, leave=False, unit="step") as progress,
-    ):
+        stack.enter_context(model.only_blocks(layer + 1, model.layers - 1))
+        progress = stack.enter_context(tqdm(total=steps, desc=label, leave=False, unit="step"))
         reference = _reference(states, runs, sorted(met), rows // 2) if objective == "simpo" else None
         for step in range(steps):
             drawn = [(r, i) for r, of_run in enumerate(draws) for i in of_run[step]]
@@ -235,10 +246,10 @@ def _terms(
     pairs, rows = [runs[r].pairs[i] for r, i in part], [r for r, _ in part]
     shown_ones = [p.shown for p in pairs]
     if reference is None:
-        sums = states.losses(shown_ones, shifts[rows], where)
+        sums = states.losses(shown_ones, shifts, rows, where)
         tokens = [sum(_length(runs[r].pairs[i].shown) for i in draws[r][step]) for r in rows]
         return sums / torch.tensor(tokens, device=sums.device)
-    sums = -states.losses(shown_ones + [p.neutral for p in pairs], shifts[rows * 2], where)
+    sums = -states.losses(shown_ones + [p.neutral for p in pairs], shifts, rows * 2, where)
     shown, neutral = sums.chunk(2)
     gap = torch.tensor([reference[at] for at in part]).to(sums)
     lengths = tuple(torch.tensor([_length(getattr(p, n)) for p in pairs]).to(sums) for n in ("shown", "neutral"))
@@ -258,7 +269,8 @@ def _reference(
     found: dict[tuple[int, int], float] = {}
     for part in _parts(runs, list(met), size):
         pairs = [runs[r].pairs[i] for r, i in part]
-        shown, neutral = states.losses([p.shown for p in pairs] + [p.neutral for p in pairs]).chunk(2)
+        both = [p.shown for p in pairs] + [p.neutral for p in pairs]
+        shown, neutral = states.losses(both, torch.zeros(1, states.model.width), [0] * len(both)).chunk(2)
         found |= dict(zip(part, (shown - neutral).tolist(), strict=True))  # losses are minus log-probabilities
     return found
 

@@ -65,15 +65,16 @@ def test_many_at_once_are_one_after_another(model, pairs, objective):
 def test_going_on_from_stored_states_is_reading_everything(model, pairs):
     """Losses, and their gradients in the shifts, are those of the whole model with the hook on."""
     examples = [side for pair in pairs for side in (pair.shown, pair.neutral)]
-    drawn = torch.randn(len(examples), model.width, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(3, model.width, generator=torch.Generator().manual_seed(0))
+    of = [0, 1, 2, 1, 0, 1, 2, 0]
     states = States(model, 0)
     states.read(examples)
     for where in ("all", "prompt", Ends(2, 2), Middle(3, 3), Scattered(4)):
         whole, resumed = (drawn.clone().requires_grad_() for _ in range(2))
-        with applied(model, SteerRows(0, lambda shifts=whole: shifts, where)):
+        with applied(model, SteerRows(0, lambda shifts=whole: shifts[of], where)):
             want = sequence_sums(model, collate(examples, model.tokenizer.pad_token_id))
         with model.only_blocks(1, model.layers - 1):
-            got = states.losses(examples, resumed, where)
+            got = states.losses(examples, resumed, of, where)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(
             torch.autograd.grad(got.sum(), resumed)[0], torch.autograd.grad(want.sum(), whole)[0]
