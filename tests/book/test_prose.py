@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted((PROJECT / "book").glob("*.md"))
 PROSE = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-GENERATED = {"book/scoreboard", "book/status"}
+GENERATED = {"book/scoreboard", "book/status", "book/map", "book/parameters"}
 BRITISH = {
     "behavior": "behaviour",
     "neutralize": "neutralise",

@@ -1,0 +1,51 @@
+"""A Sphinx extension: reference pages from docstrings, and a Colab button where there is something to open.
+
+The docstrings are plain text: single backticks mean code (`default_role` in `_config.yml`), an indented block
+after a colon is an example, and bars mean a norm. reStructuredText reads the last two in its own way.
+"""
+
+import re
+import typing
+from typing import Any
+
+from sphinx.application import Sphinx
+
+
+def as_restructured_text(lines: list[str]) -> None:
+    """Turn a plain docstring into reStructuredText of the same meaning, in place."""
+    example: int | None = None  # indentation of the line that introduces the example that we are in
+    for place, line in enumerate(lines):
+        indentation = len(line) - len(line.lstrip())
+        if example is not None and line.strip() and indentation <= example:
+            example = None
+        if example is not None:
+            continue
+        # an escaped bar is a bar; within backticks it is one already
+        lines[place] = re.sub(r"`[^`]*`|\|", lambda found: r"\|" if found[0] == "|" else found[0], line)
+        after = next((text for text in lines[place + 1 :] if text.strip()), "")
+        deeper = len(after) - len(after.lstrip()) >= indentation + 4
+        if line.endswith(":") and deeper and not lines[place + 1].strip():
+            lines[place] = f"{lines[place]}:" if not line.endswith("::") else lines[place]
+            example = indentation
+
+
+def only_with_repository(options: dict[str, Any]) -> None:
+    """Take the Colab button from the theme's options if no address of a repository is configured, in place."""
+    if not options.get("repository_url"):
+        options.get("launch_buttons", {}).pop("colab_url", None)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx; before any helper is imported, since jaxtyping then prints shapes as they are written."""
+    typing.GENERATING_DOCUMENTATION = True  # type: ignore[attr-defined]
+    app.setup_extension("sphinx.ext.autodoc")
+    app.setup_extension("sphinx.ext.napoleon")
+    app.connect("autodoc-process-docstring", lambda app, what, name, obj, options, lines: as_restructured_text(lines))
+    app.connect("autodoc-process-signature", _without_fields)
+    app.connect("config-inited", lambda app, config: only_with_repository(config.html_theme_options))
+    return {"parallel_read_safe": True}
+
+
+def _without_fields(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> tuple[str, None] | None:
+    """Leave the fields of a chapter's parameters out of the signature: they have a page of their own."""
+    return ("(**given)", None) if what == "class" and hasattr(obj, "presets") else None
