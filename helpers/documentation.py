@@ -1,7 +1,7 @@
 """A Sphinx extension: reference pages from docstrings, and a Colab button where there is something to open.
 
-The docstrings are plain text: single backticks mean code (`default_role` in `_config.yml`), an indented block
-after a colon is an example, and bars mean a norm. reStructuredText reads the last two in its own way.
+The docstrings are plain text: single backticks mean code (`default_role` in `_config.yml`), a paragraph that is
+indented by four is an example, and bars mean a norm. reStructuredText reads the last two in its own way.
 """
 
 import re
@@ -13,20 +13,22 @@ from sphinx.application import Sphinx
 
 def as_restructured_text(lines: list[str]) -> None:
     """Turn a plain docstring into reStructuredText of the same meaning, in place."""
-    example: int | None = None  # indentation of the line that introduces the example that we are in
-    for place, line in enumerate(lines):
-        indentation = len(line) - len(line.lstrip())
+    written: list[str] = []
+    last = ""  # the last line of text outside examples
+    example: int | None = None  # how far the text around the example that we are in is indented
+    for line in lines:
+        indentation, around = (len(text) - len(text.lstrip()) for text in (line, last))
         if example is not None and line.strip() and indentation <= example:
             example = None
-        if example is not None:
-            continue
-        # an escaped bar is a bar; within backticks it is one already
-        lines[place] = re.sub(r"`[^`]*`|\|", lambda found: r"\|" if found[0] == "|" else found[0], line)
-        after = next((text for text in lines[place + 1 :] if text.strip()), "")
-        deeper = len(after) - len(after.lstrip()) >= indentation + 4
-        if line.endswith(":") and deeper and not lines[place + 1].strip():
-            lines[place] = f"{lines[place]}:" if not line.endswith("::") else lines[place]
-            example = indentation
+        if example is None and last and written[-1] == "" and line.strip() and indentation >= around + 4:
+            example = around
+            written += [" " * around + "::", ""]
+        if example is None and line.strip():
+            # an escaped bar is a bar; within backticks it is one already
+            line = re.sub(r"`[^`]*`|\|", lambda found: r"\|" if found[0] == "|" else found[0], line)
+            last = line
+        written.append(line if line.strip() else "")
+    lines[:] = written
 
 
 def only_with_repository(options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ by `_toc.yml`; what the map says of each is in `book/map.yml`.
 import ast
 import json
 import re
+import shlex
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def chapter_map(described: Mapping[str, Any], notebooks: Mapping[str, Any], runs
         said = described["chapters"][chapter]
         source = f" ({{cite:t}}`{said['source']}`)" if "source" in said else ""
         change = said.get("change")
-        option = f"-p {change['parameter']} {change['value']}" if change else ""
+        option = f"-p {change['parameter']} {shlex.quote(str(change['value']))}" if change else ""
         run = runs.get(chapter)
         rows.append(
             [
@@ -194,7 +195,7 @@ def _shown(value: Any) -> str:
             numbers = [int(item) for item in value]
         except ValueError:
             numbers = []
-        if len(value) > 3 and numbers == list(range(numbers[0] if numbers else 0, len(value))):
+        if len(value) > 3 and numbers and numbers == list(range(numbers[0], numbers[0] + len(value))):
             return f"{numbers[0]} to {numbers[-1]}"
         return ", ".join(str(item) for item in value) or "none"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

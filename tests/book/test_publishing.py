@@ -113,6 +113,7 @@ def test_a_chapter_has_a_colab_button_if_and_only_if_the_repository_has_an_addre
     settings = yaml.safe_load((PROJECT / "_config.yml").read_text())
     settings["repository"]["url"] = address
     settings.pop("bibtex_bibfiles")
+    settings["sphinx"]["config"].pop("bibtex_reference_style")
     (tmp_path / "_config.yml").write_text(yaml.safe_dump(settings))
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/01_small\n")
     (tmp_path / "notebooks").mkdir()
@@ -126,5 +127,5 @@ def test_a_chapter_has_a_colab_button_if_and_only_if_the_repository_has_an_addre
     page = (tmp_path / "_build" / "html" / "notebooks" / "01_small.html").read_text()
     links = re.findall(r'href="(https://colab[^"]*)"', page)
     assert (
-        links == [f"https://colab.research.google.com/github/someone/book/blob/main/notebooks/01_small.ipynb"] * buttons
+        links == ["https://colab.research.google.com/github/someone/book/blob/main/notebooks/01_small.ipynb"] * buttons
     )

@@ -23,7 +23,7 @@ def parsed(docstring):
 
 
 @pytest.mark.parametrize("module", [params, findings])
-def test_an_indented_block_after_a_colon_is_an_example(module):
+def test_an_indented_paragraph_is_an_example(module):
     tree, complaints = parsed(module.__doc__)
     (example,) = (node for node in tree.findall() if node.tagname == "literal_block")
     assert example.astext() in inspect.cleandoc(module.__doc__).replace("\n    ", "\n")
