@@ -77,7 +77,7 @@ def chapter_map(described: Mapping[str, Any], notebooks: Mapping[str, Any], runs
     rows, commands = [], []
     for chapter, notebook in notebooks.items():
         said = described["chapters"][chapter]
-        source = f" ({{cite:t}}`{said['source']}`)" if "source" in said else ""
+        source = f" {{cite:t}}`{said['source']}`." if "source" in said else ""
         change = said.get("change")
         option = f"-p {change['parameter']} {shlex.quote(str(change['value']))}" if change else ""
         run = runs.get(chapter)
