@@ -8,7 +8,9 @@ import re
 import typing
 from typing import Any
 
+from numpy.typing import ArrayLike
 from sphinx.application import Sphinx
+from sphinx.util.typing import stringify_annotation
 
 
 def as_restructured_text(lines: list[str]) -> None:
@@ -43,11 +45,16 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("sphinx.ext.napoleon")
     app.connect("autodoc-process-docstring", lambda app, what, name, obj, options, lines: as_restructured_text(lines))
-    app.connect("autodoc-process-signature", _without_fields)
+    app.connect("autodoc-process-signature", _readable_signature)
     app.connect("config-inited", lambda app, config: only_with_repository(config.html_theme_options))
     return {"parallel_read_safe": True}
 
 
-def _without_fields(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> tuple[str, None] | None:
-    """Leave the fields of a chapter's parameters out of the signature: they have a page of their own."""
-    return ("(**given)", None) if what == "class" and hasattr(obj, "presets") else None
+def _readable_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Name NumPy's ArrayLike instead of spelling it out, and leave out a chapter's parameters, which have a page."""
+    if what == "class" and hasattr(obj, "presets"):
+        return "(**given)", None
+    spelt_out = stringify_annotation(ArrayLike, "smart")
+    return signature and signature.replace(spelt_out, "ArrayLike"), returns

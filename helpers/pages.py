@@ -66,6 +66,11 @@ def exercise_minutes(notebook: Any) -> dict[int, int]:
     return {int(number): int(minutes or 0) for number, minutes in EXERCISE.findall(text)}
 
 
+def title(notebook: Any) -> str:
+    """The heading that a notebook begins with."""
+    return str(notebook.cells[0].source).splitlines()[0].removeprefix("#").strip()
+
+
 def chapter_map(described: Mapping[str, Any], notebooks: Mapping[str, Any], runs: Mapping[str, Run]) -> str:
     """The map as Markdown: a table of the chapters, a command for each, and the reading paths.
 
@@ -99,7 +104,7 @@ def chapter_map(described: Mapping[str, Any], notebooks: Mapping[str, Any], runs
         "What each chapter is about, what it takes, and where to begin. The minutes to run are those of the run that "
         f"made this page (preset {' and '.join(made)}), from nothing or with stages that were stored before; "
         "{doc}`status` has the slowest cell of each.",
-        markdown_table(header, rows),
+        _wide(markdown_table(header, rows)),
         "To rerun a chapter with its first change, from the project's folder, after `source .venv/bin/activate`; then "
         "`python -m helpers compare` shows what differs ({doc}`how-to-rerun`). Everything that can be changed is in "
         "{doc}`parameters`.",
@@ -131,17 +136,18 @@ def parameters(notebooks: Mapping[str, Any]) -> str:
         rows = [
             [
                 f"`{name}`",
+                model.model_fields[name].description or "",
                 readable_type(model.model_fields[name]),
                 *(_shown(getattr(values, name)) for values in presets.values()),
-                model.model_fields[name].description or "",
                 cost(model.model_fields[name]) or "-",
             ]
             for name in parameters_cell(notebook)
             if name != "preset"
         ]
         text += [
-            f"## {{doc}}`../notebooks/{chapter}`",
-            markdown_table(["name", "type", *(f"`{preset}`" for preset in presets), "meaning", "cost"], rows),
+            f"## {title(notebook)}",
+            f"{{doc}}`../notebooks/{chapter}`",
+            _wide(markdown_table(["name", "meaning", "type", *(f"`{preset}`" for preset in presets), "cost"], rows)),
         ]
     return "\n\n".join(text) + "\n"
 
@@ -149,7 +155,8 @@ def parameters(notebooks: Mapping[str, Any]) -> str:
 def parameters_cell(notebook: Any) -> list[str]:
     """The names that a notebook's parameters cell sets, in its order."""
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    return [node.target.id for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)]
+    targets = [node.target for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def readable_type(field: FieldInfo) -> str:
@@ -199,6 +206,11 @@ def _shown(value: Any) -> str:
             return f"{numbers[0]} to {numbers[-1]}"
         return ", ".join(str(item) for item in value) or "none"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _wide(table: str) -> str:
+    """A table that may also take the margin's place."""
+    return f":::{{div}} full-width\n{table}\n:::"
 
 
 def _sessions(sessions: Iterable[Mapping[str, Any]], notebooks: Mapping[str, Any]) -> str:
