@@ -146,7 +146,7 @@ def parameters(notebooks: Mapping[str, Any]) -> str:
         ]
         text += [
             f"## {title(notebook)}",
-            f"{{doc}}`../notebooks/{chapter}`",
+            f"The parameters cell of {{doc}}`../notebooks/{chapter}`.",
             _wide(markdown_table(["name", "meaning", "type", *(f"`{preset}`" for preset in presets), "cost"], rows)),
         ]
     return "\n\n".join(text) + "\n"
