@@ -80,6 +80,12 @@ def test_every_term_referred_to_is_in_the_glossary():
         assert linked_terms(path.read_text(encoding="utf-8")) <= terms, path.name
 
 
+def test_every_term_of_the_glossary_is_linked_from_a_page_or_a_chapter():
+    texts = [text for name, text in PROSE.items() if name != "glossary.md"]
+    texts += [path.read_text(encoding="utf-8") for path in NOTEBOOKS]
+    assert set(glossary_terms()) - {term for text in texts for term in linked_terms(text)} == set()
+
+
 def test_every_citation_is_in_the_bibliography():
     known = set(parse_file(PROJECT / "book" / "references.bib").entries)
     for name, text in PROSE.items():
