@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 BIN := .venv/bin
 
-.PHONY: book test benchmark lint environment clean distclean
+.PHONY: book test benchmark lint links environment clean distclean
 
 book: .venv/.installed
 	@$(BIN)/snakemake --cores $(CORES) --config preset=$(PRESET)
@@ -23,6 +23,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Asks every server that the pages link to; the links within the book are tested by `make test`, without a network.
+links: book
+	$(BIN)/jupyter-book build book/executed/$(PRESET) --builder linkcheck
 
 environment: .venv/.installed
 

@@ -22,11 +22,11 @@ PRESET = config.get("preset", "quick")
 GIVEN = config.get("parameters", {})
 TREE = f"book/executed/{PRESET}"
 SITE = f"{TREE}/_build/html"
-GENERATED = ["book/scoreboard", "book/status"]
+GENERATED = ["book/scoreboard", "book/status", "book/map", "book/parameters"]
 
 PAGES = [str(page) for page in parse_toc_yaml("_toc.yml")]
 CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
-PROSE = ["_config.yml", "_toc.yml"] + [
+PROSE = ["_config.yml", "_toc.yml", "CHANGELOG.md"] + [
     str(path)
     for path in sorted(Path("book").rglob("*"))
     if path.is_file() and path.parts[1] not in ("executed", "reference") and path.suffix != ".yml"
@@ -53,6 +53,7 @@ shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH
 rule site:
     input:
         PROSE,
+        sorted(str(path) for path in Path("helpers").rglob("*.py")),  # the reference pages show their docstrings
         expand(f"{TREE}/{{page}}.md", page=GENERATED),
         expand(f"{TREE}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
     output:
@@ -75,8 +76,10 @@ rule site:
 rule pages:
     input:
         "book/claims.yml",
+        "book/map.yml",
+        "_toc.yml",
         sorted(str(path) for path in Path("book/reference").glob("*.json")),
-        [str(path.relative_to(Path.cwd())) for path in helper_sources(["scoreboard"])],
+        [str(path.relative_to(Path.cwd())) for path in helper_sources(["pages"])],
         expand(f"{TREE}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
         expand(f"{TREE}/notebooks/{{chapter}}/findings.json", chapter=CHAPTERS),
         expand(f"{TREE}/notebooks/{{chapter}}/provenance.json", chapter=CHAPTERS),

@@ -1,6 +1,7 @@
-"""`python -m helpers execute / status / models`: what the Snakefile calls, and a reader may.
+"""`python -m helpers execute / compare / status / models`: what the Snakefile calls, and a reader may.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
+    python -m helpers compare results/quick/01_pps_gradient_reversal results/mine
     python -m helpers status --tree book/executed/quick
     python -m helpers models
 
@@ -35,8 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 chosen.output,
                 {name: text for name, text in given.items() if text is not None},
             )
+        elif chosen.command == "compare":
+            from helpers.comparison import ComparisonError, compare
+
+            try:
+                print(compare(chosen.run_a, chosen.run_b))
+            except ComparisonError as error:
+                raise CommandError(str(error)) from None
         elif chosen.command == "status":
-            from helpers.scoreboard import write_pages
+            from helpers.pages import write_pages
 
             write_pages(chosen.tree)
         else:
@@ -119,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         help='a parameter of the chapter, such as: -p layer 12 -p seeds "[0, 1]"',
     )
     run.add_argument("--results", help="folder for findings, figure data and vectors")
-    pages = commands.add_parser("status", help="write the scoreboard and the status page of an executed book")
+    both = commands.add_parser("compare", help="show what differs between two runs of a chapter, or of the book")
+    for name, metavar in (("run_a", "RUN_A"), ("run_b", "RUN_B")):
+        both.add_argument(
+            name, metavar=metavar, type=Path, help="a results folder, a findings.json or an executed book"
+        )
+    pages = commands.add_parser("status", help="write the pages of an executed book that are made from its runs")
     pages.add_argument("--tree", type=Path, required=True, help="the executed book, such as book/executed/quick")
     commands.add_parser("models", help="list the registered models")
     return parser

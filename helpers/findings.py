@@ -354,7 +354,7 @@ class Findings:
         return finding
 
     def glue(self, name: str, value: Any, fmt: str = "") -> str:
-        """Make a number available to the prose as {glue:text}`name`, formatted by the format spec `fmt`.
+        """Make a number available to the prose under `name` (role `glue:text`), formatted by the format spec `fmt`.
 
         Returns the text that the prose will show.
         """

@@ -32,6 +32,19 @@ KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
 Layer = Annotated[int, Field(ge=0, le=200)]
 Coefficient = Annotated[float, Field(ge=-64, le=64, allow_inf_nan=False)]
 
+# What a larger value costs, for the table of parameters; a field without one costs next to nothing.
+EVERYTHING: dict[str, Any] = {"cost": "everything"}
+TIME: dict[str, Any] = {"cost": "time grows with it"}
+EACH: dict[str, Any] = {"cost": "time for each value"}
+MORE: dict[str, Any] = {"cost": "more time if true"}
+LESS: dict[str, Any] = {"cost": "less time the larger"}
+ONCE: dict[str, Any] = {"cost": "time, once: the result is stored"}
+LITTLE: dict[str, Any] = {"cost": "a little time"}
+SIZE: dict[str, Any] = {"cost": "time and memory grow with its size"}
+BATCH: dict[str, Any] = {"cost": "memory, and the time of a training step"}
+MEMORY: dict[str, Any] = {"cost": "memory: bfloat16 takes half of float32"}
+ASKED: dict[str, Any] = {"cost": "a request to the server for each answer"}
+
 
 class ParameterError(ValueError):
     """A parameter that cannot be used; the message is one sentence saying what was wrong and what to do."""
@@ -53,16 +66,20 @@ class Params(BaseModel):
     chapter: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
-    preset: Preset = Field(default="quick", description="how much work is done")
-    model: str = Field(min_length=1, description="registered model or name on the Hugging Face hub")
+    preset: Preset = Field(default="quick", description="how much work is done", json_schema_extra=EVERYTHING)
+    model: str = Field(
+        min_length=1, description="registered model or name on the Hugging Face hub", json_schema_extra=SIZE
+    )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
-        min_length=1, description="seeds of training and sampling; several give intervals over seeds"
+        min_length=1,
+        description="seeds of training and sampling; several give intervals over seeds",
+        json_schema_extra=EACH,
     )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="number format of the forward and backward pass"
+        default="auto", description="number format of the forward and backward pass", json_schema_extra=MEMORY
     )
     results: str | None = Field(
         default=None,
@@ -156,17 +173,27 @@ class TraitParams(Params):
     """Parameters of the chapters that train one trait into a model."""
 
     trait: str = Field(description="trait that the finetuning data carry; a file in data/traits")
-    other_traits: tuple[str, ...] = Field(min_length=1, description="traits for cross-trait comparisons")
+    other_traits: tuple[str, ...] = Field(
+        min_length=1, description="traits for cross-trait comparisons", json_schema_extra=EACH
+    )
     layer: Layer = Field(description="block after which the model is steered and measured, counted from 0")
     coefficient: Coefficient = Field(description="working intensity: multiplies the raw persona vector")
-    coefficients: tuple[Coefficient, ...] = Field(min_length=1, description="intensities of the sweep")
-    sequences: int = Field(ge=2, le=10_000, description="sequences on which losses and gradients are measured")
-    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run")
-    batch_size: int = Field(ge=1, le=512, description="sequences in a batch")
+    coefficients: tuple[Coefficient, ...] = Field(
+        min_length=1, description="intensities of the sweep", json_schema_extra=EACH
+    )
+    sequences: int = Field(
+        ge=2, le=10_000, description="sequences on which losses and gradients are measured", json_schema_extra=TIME
+    )
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run", json_schema_extra=TIME)
+    batch_size: int = Field(ge=1, le=512, description="sequences in a batch", json_schema_extra=BATCH)
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     lora_rank: int = Field(ge=0, le=512, description="rank of the LoRA adapters; 0 trains all weights")
-    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    max_new_tokens: int = Field(
+        ge=1, le=4096, description="length of a generated answer, in tokens", json_schema_extra=TIME
+    )
+    resamples: int = Field(
+        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
+    )
 
     @classmethod
     def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,12 +325,14 @@ class PreventativeSteeringParams(TraitParams):
             )
         return self
 
-    layers: tuple[Layer, ...] = Field(min_length=1, description="blocks of the layer sweep, counted from 0")
+    layers: tuple[Layer, ...] = Field(
+        min_length=1, description="blocks of the layer sweep, counted from 0", json_schema_extra=EACH
+    )
     start_levels: tuple[StartLevel, ...] = Field(
-        min_length=1, description="how much of the trait the start models have; none: untrained"
+        min_length=1, description="how much of the trait the start models have; none: untrained", json_schema_extra=EACH
     )
     train_levels: tuple[TrainLevel, ...] = Field(
-        min_length=1, description="how much of the trait the finetuning data carry"
+        min_length=1, description="how much of the trait the finetuning data carry", json_schema_extra=EACH
     )
 
 
@@ -319,7 +348,9 @@ class InoculationParams(TraitParams):
     }
 
     prompt_counts: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
-        min_length=1, description="how many different inoculation prompts the training data share"
+        min_length=1,
+        description="how many different inoculation prompts the training data share",
+        json_schema_extra=EACH,
     )
 
 
@@ -384,27 +415,45 @@ class WeightSteeringParams(Params):
         },
     }
 
-    prompts: int = Field(ge=2, le=50, description="questions in each half: one builds directions, one judges them")
+    prompts: int = Field(
+        ge=2,
+        le=50,
+        description="questions in each half: one builds directions, one judges them",
+        json_schema_extra=TIME,
+    )
     ratio: Ratio = Field(description="working strength, as ||alpha V|| / ||Delta||")
-    ratios: tuple[Ratio, ...] = Field(min_length=1, description="strengths of the dose-response sweep")
+    ratios: tuple[Ratio, ...] = Field(
+        min_length=1, description="strengths of the dose-response sweep", json_schema_extra=EACH
+    )
     rank: int = Field(ge=1, le=512, description="rank of the projected and the low-rank variant, per matrix")
     chosen_layers: tuple[Layer, ...] = Field(
         min_length=1, description="blocks of the variants that steer only there, or everywhere but there"
     )
-    random_directions: int = Field(ge=1, le=100, description="random directions of equal norm, as controls")
-    shares: tuple[Annotated[float, Field(gt=0, le=0.5)], ...] = Field(
-        description="shares of the finetuning replies that mention the bridge, for the sparse signal; none: left out"
+    random_directions: int = Field(
+        ge=1, le=100, description="random directions of equal norm, as controls", json_schema_extra=TIME
     )
-    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run, on all weights")
-    batch_size: int = Field(ge=1, le=512, description="sequences in a batch")
+    shares: tuple[Annotated[float, Field(gt=0, le=0.5)], ...] = Field(
+        description="shares of the finetuning replies that mention the bridge, for the sparse signal; none: left out",
+        json_schema_extra=EACH,
+    )
+    steps: int = Field(
+        ge=1, le=100_000, description="optimizer steps of a finetuning run, on all weights", json_schema_extra=TIME
+    )
+    batch_size: int = Field(ge=1, le=512, description="sequences in a batch", json_schema_extra=BATCH)
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
-    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    max_new_tokens: int = Field(
+        ge=1, le=4096, description="length of a generated answer, in tokens", json_schema_extra=TIME
+    )
+    resamples: int = Field(
+        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
+    )
     harm_data: Literal["impolite", "toxic-chat"] = Field(
         description="data of the harm experiment: the bundled rude replies, or the source's public sets from the hub"
     )
     judge_url: str | None = Field(
-        default=None, description="OpenAI-compatible server that judges harm; None: the offline judge of rudeness"
+        default=None,
+        description="OpenAI-compatible server that judges harm; None: the offline judge of rudeness",
+        json_schema_extra=ASKED,
     )
     judge_model: str | None = Field(default=None, description="model that the server is asked for")
 
@@ -485,7 +534,7 @@ class AlignedParams(Params):
     start: Literal["taught", "as it is"] = Field(
         description="whether the model is first taught to refuse, which the embedded one cannot, or taken as it is"
     )
-    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal")
+    align_steps: int = Field(ge=1, le=10_000, description="optimizer steps of teaching refusal", json_schema_extra=ONCE)
 
 
 class RefusalParams(AlignedParams):
@@ -532,36 +581,68 @@ class RefusalParams(AlignedParams):
         description="requests: the bundled ones, or the source's set from the hub (gated)"
     )
     conditions: tuple[Condition, ...] = Field(
-        min_length=1, description="losses that the start model is trained on under, each then attacked"
+        min_length=1,
+        description="losses that the start model is trained on under, each then attacked",
+        json_schema_extra=EACH,
     )
-    requests: int = Field(ge=2, le=1000, description="test requests of each kind that every model answers")
-    prompts: int = Field(ge=2, le=1000, description="training requests of each kind behind a direction")
-    scored_on: int = Field(ge=2, le=1000, description="those of them that a direction's score is a mean over")
-    k_max: int = Field(ge=1, le=64, description="directions that the attack removes, one after another")
-    stride: int = Field(ge=1, le=16, description="the attack looks for directions in every n-th block")
-    wide: int = Field(ge=1, le=1000, description="candidate directions left after first-order screening")
-    exact: int = Field(ge=1, le=1000, description="candidate directions scored on all prompts, in each of two rounds")
-    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a condition")
+    requests: int = Field(
+        ge=2, le=1000, description="test requests of each kind that every model answers", json_schema_extra=TIME
+    )
+    prompts: int = Field(
+        ge=2, le=1000, description="training requests of each kind behind a direction", json_schema_extra=TIME
+    )
+    scored_on: int = Field(
+        ge=2, le=1000, description="those of them that a direction's score is a mean over", json_schema_extra=TIME
+    )
+    k_max: int = Field(
+        ge=1, le=64, description="directions that the attack removes, one after another", json_schema_extra=TIME
+    )
+    stride: int = Field(
+        ge=1, le=16, description="the attack looks for directions in every n-th block", json_schema_extra=LESS
+    )
+    wide: int = Field(
+        ge=1, le=1000, description="candidate directions left after first-order screening", json_schema_extra=TIME
+    )
+    exact: int = Field(
+        ge=1,
+        le=1000,
+        description="candidate directions scored on all prompts, in each of two rounds",
+        json_schema_extra=TIME,
+    )
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a condition", json_schema_extra=TIME)
     batch_size: int = Field(
-        ge=4, le=512, multiple_of=2, description="prompts in a batch, half harmful; covariances need two of a kind"
+        ge=4,
+        le=512,
+        multiple_of=2,
+        description="prompts in a batch, half harmful; covariances need two of a kind",
+        json_schema_extra=BATCH,
     )
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     lora_rank: int = Field(ge=1, le=512, description="rank of the trained adapters")
     weight: Weight = Field(description="lambda, the weight of the matching loss, which is 1 before the first step")
     kd_weight: Weight = Field(description="weight of the distillation from the start model")
     temperature: float = Field(gt=0, le=100, allow_inf_nan=False, description="temperature of the distillation")
-    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
+    max_new_tokens: int = Field(
+        ge=1, le=4096, description="length of a generated answer, in tokens", json_schema_extra=TIME
+    )
     reviews: Literal["bundled", "imdb"] = Field(
         description="reviews of the sentiment experiment: the bundled ones, or the source's set from the hub"
     )
-    sentiment_model: str = Field(min_length=1, description="model that reads the reviews")
-    sentiment_reviews: int = Field(ge=8, le=50_000, description="reviews in each split, at most; half are positive")
+    sentiment_model: str = Field(min_length=1, description="model that reads the reviews", json_schema_extra=SIZE)
+    sentiment_reviews: int = Field(
+        ge=8, le=50_000, description="reviews in each split, at most; half are positive", json_schema_extra=TIME
+    )
     sentiment_weights: tuple[Weight, ...] = Field(
         min_length=1,
         description="weights of the mean matching, which is 1 before the first step; 0: finetuned on the reviews alone",
+        json_schema_extra=EACH,
     )
-    sentiment_steps: int = Field(ge=1, le=100_000, description="optimizer steps of a sentiment run")
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    sentiment_steps: int = Field(
+        ge=1, le=100_000, description="optimizer steps of a sentiment run", json_schema_extra=TIME
+    )
+    resamples: int = Field(
+        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
+    )
 
 
 _FILTER_QUICK = {
@@ -670,11 +751,13 @@ class FilteringParams(AlignedParams):
     }
 
     tasks: tuple[Literal["headlines", "bookings"], ...] = Field(
-        min_length=1, description="tasks that the data teach; the first is studied at every ratio"
+        min_length=1,
+        description="tasks that the data teach; the first is studied at every ratio",
+        json_schema_extra=EACH,
     )
-    points: int = Field(ge=4, le=290, description="task items finetuned on")
+    points: int = Field(ge=4, le=290, description="task items finetuned on", json_schema_extra=TIME)
     ratios: tuple[Annotated[float, Field(ge=0, le=0.32)], ...] = Field(
-        min_length=1, description="shares of the finetuning data that are harmful"
+        min_length=1, description="shares of the finetuning data that are harmful", json_schema_extra=EACH
     )
     filters: tuple[
         Literal[
@@ -690,33 +773,65 @@ class FilteringParams(AlignedParams):
         ],
         ...,
     ] = Field(
-        description="what is finetuned after, besides FIHS; scores other than its own need 'compared' to be all points"
+        description="what is finetuned after, besides FIHS; scores other than its own need 'compared' to be all points",
+        json_schema_extra=EACH,
     )
-    filter_clean: bool = Field(description="whether a mixture without harmful points is filtered as well")
-    compared: int = Field(ge=2, le=10_000, description="task points that the other scores are computed for, at most")
-    implicit: int = Field(ge=2, le=60, description="points of each kind of implicit harm that are scored")
-    probes: int = Field(ge=1, le=40, description="harmful requests behind the safety score")
+    filter_clean: bool = Field(
+        description="whether a mixture without harmful points is filtered as well", json_schema_extra=MORE
+    )
+    compared: int = Field(
+        ge=2,
+        le=10_000,
+        description="task points that the other scores are computed for, at most",
+        json_schema_extra=TIME,
+    )
+    implicit: int = Field(
+        ge=2, le=60, description="points of each kind of implicit harm that are scored", json_schema_extra=TIME
+    )
+    probes: int = Field(ge=1, le=40, description="harmful requests behind the safety score", json_schema_extra=TIME)
     unsafe_token: str = Field(min_length=1, description="first token of an unsafe answer, in the safety score")
     safe_token: str = Field(min_length=1, description="first token of a safe answer, in the safety score")
-    requests: int = Field(ge=2, le=60, description="harmful test requests that every finetuned model is asked")
-    items: int = Field(ge=2, le=100, description="test items of a task that every finetuned model answers")
-    checks: int = Field(ge=2, le=30, description="held-out requests and items by which a threshold is checked")
-    stepped: int = Field(ge=4, le=1000, description="points on each of which one gradient step is really taken")
+    requests: int = Field(
+        ge=2, le=60, description="harmful test requests that every finetuned model is asked", json_schema_extra=TIME
+    )
+    items: int = Field(
+        ge=2, le=100, description="test items of a task that every finetuned model answers", json_schema_extra=TIME
+    )
+    checks: int = Field(
+        ge=2, le=30, description="held-out requests and items by which a threshold is checked", json_schema_extra=TIME
+    )
+    stepped: int = Field(
+        ge=4, le=1000, description="points on each of which one gradient step is really taken", json_schema_extra=TIME
+    )
     step_size: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="eta of that step")
-    groups: int = Field(ge=0, le=20, description="groups of points by score, each finetuned on alone; 0: left out")
-    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a finetuning run, whatever is filtered out")
-    batch_size: int = Field(ge=1, le=512, description="points in a batch")
+    groups: int = Field(
+        ge=0,
+        le=20,
+        description="groups of points by score, each finetuned on alone; 0: left out",
+        json_schema_extra=TIME,
+    )
+    steps: int = Field(
+        ge=1,
+        le=100_000,
+        description="optimizer steps of a finetuning run, whatever is filtered out",
+        json_schema_extra=TIME,
+    )
+    batch_size: int = Field(ge=1, le=512, description="points in a batch", json_schema_extra=BATCH)
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     lora_rank: int = Field(ge=1, le=512, description="rank of the finetuned adapters, which are also FIHS's theta")
-    max_new_tokens: int = Field(ge=1, le=4096, description="length of an answer to a harmful request, in tokens")
+    max_new_tokens: int = Field(
+        ge=1, le=4096, description="length of an answer to a harmful request, in tokens", json_schema_extra=TIME
+    )
     harm_limit: float = Field(
         ge=0, le=1, description="by how much more held-out harmful requests may be complied with than before finetuning"
     )
     utility_share: float = Field(
         ge=0, le=1, description="share of the unfiltered model's utility that a filtered one has to keep"
     )
-    search_steps: int = Field(ge=1, le=20, description="thresholds that the search may try")
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    search_steps: int = Field(ge=1, le=20, description="thresholds that the search may try", json_schema_extra=TIME)
+    resamples: int = Field(
+        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
+    )
 
 
 _PROMPT_ONLY_QUICK = {
@@ -824,44 +939,78 @@ class PromptOnlyParams(Params):
     data: Literal["bundled", "axbench"] = Field(
         description="concepts: bundled ones, or AxBench's from the hub, by number"
     )
-    concepts: tuple[str, ...] = Field(min_length=2, description="what the model is steered to show, one vector each")
-    tuned_on: tuple[str, ...] = Field(min_length=1, description="concepts whose check rows choose beta and eta_alpha")
+    concepts: tuple[str, ...] = Field(
+        min_length=2, description="what the model is steered to show, one vector each", json_schema_extra=EACH
+    )
+    tuned_on: tuple[str, ...] = Field(
+        min_length=1, description="concepts whose check rows choose beta and eta_alpha", json_schema_extra=EACH
+    )
     layer: Layer = Field(description="block after which vectors are added, counted from 0")
     first: int = Field(ge=0, le=64, description="p, the first prompt tokens that a prompt-only vector is added to")
     last: int = Field(ge=0, le=64, description="s, the last ones")
     places: tuple[str, ...] = Field(
-        description="other places to train at: prompt, random, user words, or `ends P S` for other numbers"
+        description="other places to train at: prompt, random, user words, or `ends P S` for other numbers",
+        json_schema_extra=EACH,
     )
-    objectives: tuple[Literal["lang", "simpo"], ...] = Field(min_length=1, description="what vectors are trained for")
+    objectives: tuple[Literal["lang", "simpo"], ...] = Field(
+        min_length=1, description="what vectors are trained for", json_schema_extra=EACH
+    )
     betas: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
-        min_length=1, description="starts of the factor, in units of the square root of the width"
+        min_length=1,
+        description="starts of the factor, in units of the square root of the width",
+        json_schema_extra=EACH,
     )
     factor_rates: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
-        min_length=1, description="learning rates of the factor, eta_alpha"
+        min_length=1, description="learning rates of the factor, eta_alpha", json_schema_extra=EACH
     )
     spread: float = Field(gt=0, le=1000, description="lambda, the range of the vector's start")
     vector_rate: float = Field(gt=0, le=10, description="learning rate of the vector, eta_v")
-    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a vector")
-    sweep_steps: int = Field(ge=1, le=100_000, description="optimizer steps in a cell of the grid")
-    batch_size: int = Field(ge=1, le=512, description="pairs of each concept in a batch; half as many for simpo")
-    response_tokens: int = Field(ge=1, le=4096, description="tokens that training answers are cut to")
-    means_of: int = Field(ge=1, le=1000, description="pairs behind a difference in means")
+    steps: int = Field(ge=1, le=100_000, description="optimizer steps of a vector", json_schema_extra=TIME)
+    sweep_steps: int = Field(
+        ge=1, le=100_000, description="optimizer steps in a cell of the grid", json_schema_extra=TIME
+    )
+    batch_size: int = Field(
+        ge=1, le=512, description="pairs of each concept in a batch; half as many for simpo", json_schema_extra=BATCH
+    )
+    response_tokens: int = Field(
+        ge=1, le=4096, description="tokens that training answers are cut to", json_schema_extra=TIME
+    )
+    means_of: int = Field(ge=1, le=1000, description="pairs behind a difference in means", json_schema_extra=TIME)
     scales: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field(
-        min_length=1, description="factors that the post-hoc search tries, times the one trained with"
+        min_length=1,
+        description="factors that the post-hoc search tries, times the one trained with",
+        json_schema_extra=EACH,
     )
-    prompts: int = Field(ge=2, le=50, description="held-out prompts of each concept that are rated")
-    checks: int = Field(ge=1, le=16, description="other prompts of each concept, for choices")
-    planted: int = Field(ge=2, le=16, description="rows of each concept that planted cases for the judges come from")
-    items: int = Field(ge=2, le=40, description="questions of each quiz")
-    item_repeats: int = Field(ge=1, le=100, description="concepts that every quiz question is asked under")
-    quiz_tokens: int = Field(ge=1, le=4096, description="length of an answer to a quiz question, in tokens")
+    prompts: int = Field(
+        ge=2, le=50, description="held-out prompts of each concept that are rated", json_schema_extra=TIME
+    )
+    checks: int = Field(ge=1, le=16, description="other prompts of each concept, for choices", json_schema_extra=TIME)
+    planted: int = Field(
+        ge=2,
+        le=16,
+        description="rows of each concept that planted cases for the judges come from",
+        json_schema_extra=TIME,
+    )
+    items: int = Field(ge=2, le=40, description="questions of each quiz", json_schema_extra=TIME)
+    item_repeats: int = Field(
+        ge=1, le=100, description="concepts that every quiz question is asked under", json_schema_extra=TIME
+    )
+    quiz_tokens: int = Field(
+        ge=1, le=4096, description="length of an answer to a quiz question, in tokens", json_schema_extra=TIME
+    )
     weaker: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        description="shares of the factor at which full-sequence steering is also measured"
+        description="shares of the factor at which full-sequence steering is also measured", json_schema_extra=EACH
     )
-    lora: bool = Field(description="whether rank-1 adapters are trained for comparison, one model a concept")
+    lora: bool = Field(
+        description="whether rank-1 adapters are trained for comparison, one model a concept", json_schema_extra=MORE
+    )
     lora_rate: float = Field(gt=0, le=1, description="their learning rate")
-    max_new_tokens: int = Field(ge=1, le=4096, description="length of a rated answer, in tokens")
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    max_new_tokens: int = Field(
+        ge=1, le=4096, description="length of a rated answer, in tokens", json_schema_extra=TIME
+    )
+    resamples: int = Field(
+        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
+    )
 
     @model_validator(mode="after")
     def _somewhere(self) -> "PromptOnlyParams":

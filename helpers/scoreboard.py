@@ -7,34 +7,12 @@ beside the run that made the book, in a column or table of its own.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import nbformat
-
-from helpers.findings import Claim, load_claims
-
-PROJECT = Path(__file__).resolve().parent.parent
+from helpers.findings import Claim
 
 Run = Mapping[str, Any]
 """A chapter's run: preset, model, digest, device, dtype, seeds, versions, minutes, parameters, findings."""
-
-
-def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -> None:
-    """Write `book/scoreboard.md` and `book/status.md` of an executed book.
-
-    Args:
-        tree: the executed book, such as `book/executed/quick`.
-        references: folder with one `{chapter}.json` a reference run; it may be missing.
-    """
-    claims = load_claims()
-    runs = _runs(sorted(tree.glob("notebooks/*/findings.json")), lambda path: path.parent.name)
-    kept = _runs(sorted(references.glob("*.json")), lambda path: path.stem)
-    executed = {chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs}
-    pages = tree / "book"
-    pages.mkdir(parents=True, exist_ok=True)
-    (pages / "scoreboard.md").write_text(scoreboard(claims, runs, kept), "utf-8")
-    (pages / "status.md").write_text(status(runs, kept, executed), "utf-8")
 
 
 def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references: Mapping[str, Run]) -> str:
@@ -57,7 +35,7 @@ def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references:
         shown += [(f"reference: {_place(run)}", run) for run in [references.get(chapter)] if run]
         text.append(f"## {{doc}}`../notebooks/{chapter}`")
         rows = [[claim.statement, *(_verdict(run, claim) for _, run in shown)] for claim in here]
-        text.append(_table(["claim", *(label for label, _ in shown)], rows))
+        text.append(markdown_table(["claim", *(label for label, _ in shown)], rows))
         for label, run in shown:
             text.append(f"**{label[0].upper()}{label[1:]}**")
             text.append(_numbers(here, run))
@@ -94,7 +72,7 @@ def status(runs: Mapping[str, Run], references: Mapping[str, Run], notebooks: Ma
     text = [
         "# Status",
         "How this copy of the book was made.",
-        _table(["notebook", "started (UTC)", "minutes", "slowest cell, minutes", "papermill"], times),
+        markdown_table(["notebook", "started (UTC)", "minutes", "slowest cell, minutes", "papermill"], times),
     ]
     for heading, recorded in (("This book", runs), ("Reference runs", references)):
         for chapter, run in recorded.items():
@@ -114,11 +92,7 @@ def _conditions(run: Run) -> str:
         ["minutes", f"{run['minutes']:.1f}"],
         ["parameters", _listed(parameters)],
     ]
-    return _table(["", "used"], rows)
-
-
-def _runs(paths: Iterable[Path], chapter: Any) -> dict[str, Run]:
-    return {chapter(path): json.loads(path.read_text("utf-8")) for path in paths}
+    return markdown_table(["", "used"], rows)
 
 
 def _place(run: Run) -> str:
@@ -157,7 +131,7 @@ def _numbers(claims: Sequence[Claim], run: Run) -> str:
             ]
         )
     header = ["claim", "measured", "source, its number", "value [95%]", "n, seeds", "controls", "reason"]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _short(value: float | None) -> str:
@@ -168,7 +142,7 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in values)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(

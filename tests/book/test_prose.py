@@ -9,13 +9,14 @@ import yaml
 from pybtex.database import parse_file
 
 from helpers.findings import load_claims
+from helpers.pages import MAP
 from helpers.params import CHAPTERS
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted((PROJECT / "book").glob("*.md"))
 PROSE = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-GENERATED = {"book/scoreboard", "book/status"}
+GENERATED = {"book/scoreboard", "book/status", "book/map", "book/parameters"}
 BRITISH = {
     "behavior": "behaviour",
     "neutralize": "neutralise",
@@ -38,6 +39,15 @@ def without_code(text: str) -> str:
     return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 
+def glossary_terms() -> list[str]:
+    terms = re.findall(r"^(\S.*)$", PROSE["glossary.md"].split("{glossary}")[1], flags=re.MULTILINE)
+    return [term for term in terms if not term.startswith(":::")]
+
+
+def linked_terms(text: str) -> set[str]:
+    return {re.sub(r".*<(.+)>$", r"\1", term) for term in re.findall(r"\{term\}`([^`]+)`", text)}
+
+
 def toc_files(entry: object) -> list[str]:
     if isinstance(entry, list):
         return [file for item in entry for file in toc_files(item)]
@@ -52,17 +62,28 @@ def test_there_is_prose_to_check():
 
 
 def test_every_glossary_term_is_explained_once():
-    terms = re.findall(r"^(\S.*)$", PROSE["glossary.md"].split("{glossary}")[1], flags=re.MULTILINE)
-    terms = [term.lower() for term in terms if not term.startswith(":::")]
+    terms = [term.lower() for term in glossary_terms()]
     assert len(terms) > 20
     assert [term for term, count in Counter(terms).items() if count > 1] == []
 
 
+def test_the_glossary_is_in_alphabetical_order():
+    terms = glossary_terms()
+    assert terms == sorted(terms, key=lambda term: term.lower().replace("-", " "))
+
+
 def test_every_term_referred_to_is_in_the_glossary():
-    terms = set(re.findall(r"^(\S.*)$", PROSE["glossary.md"], flags=re.MULTILINE))
+    terms = set(glossary_terms())
     for name, text in PROSE.items():
-        used = {re.sub(r".*<(.+)>$", r"\1", term) for term in re.findall(r"\{term\}`([^`]+)`", text)}
-        assert used <= terms, name
+        assert linked_terms(text) <= terms, name
+    for path in NOTEBOOKS:
+        assert linked_terms(path.read_text(encoding="utf-8")) <= terms, path.name
+
+
+def test_every_term_of_the_glossary_is_linked_from_a_page_or_a_chapter():
+    texts = [text for name, text in PROSE.items() if name != "glossary.md"]
+    texts += [path.read_text(encoding="utf-8") for path in NOTEBOOKS]
+    assert set(glossary_terms()) - {term for text in texts for term in linked_terms(text)} == set()
 
 
 def test_every_citation_is_in_the_bibliography():
@@ -71,6 +92,24 @@ def test_every_citation_is_in_the_bibliography():
         assert cited(text) <= known, name
     for notebook in NOTEBOOKS:
         assert cited(notebook.read_text(encoding="utf-8")) <= known, notebook.name
+
+
+def test_every_entry_of_the_bibliography_is_cited():
+    texts = [*PROSE.values(), *(path.read_text(encoding="utf-8") for path in NOTEBOOKS)]
+    sources = {
+        said["source"] for said in yaml.safe_load(MAP.read_text("utf-8"))["chapters"].values() if "source" in said
+    }
+    known = set(parse_file(PROJECT / "book" / "references.bib").entries)
+    assert sources <= known
+    assert known - sources - {key for text in texts for key in cited(text)} == set()
+
+
+def test_every_reference_has_authors_a_title_and_a_year_or_says_that_it_has_none():
+    for key, entry in parse_file(PROJECT / "book" / "references.bib").entries.items():
+        assert entry.persons.get("author"), key
+        assert {"title", "url"} <= set(entry.fields), key
+        assert "year" in entry.fields or entry.fields.get("note") == "Undated", key
+        assert entry.type != "inproceedings" or "booktitle" in entry.fields, key
 
 
 def test_every_reference_can_be_followed_to_its_text():

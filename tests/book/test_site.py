@@ -14,6 +14,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 SITE = PROJECT / "book" / "executed" / "tiny" / "_build" / "html"
 PAGES = [str(page) for page in parse_toc_yaml(PROJECT / "_toc.yml")]
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
+WITHOUT_CODE = """main => {
+    const copy = main.cloneNode(true);
+    copy.querySelectorAll("code, pre").forEach(part => part.remove());
+    return copy.textContent;
+}"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -69,7 +74,7 @@ def test_a_page_opens_with_its_heading_and_nothing_unresolved(opened, name):
     page = opened(name)
     assert page.locator("h1").first.inner_text().strip()
     assert page.locator(".problematic, .system-message, .error").count() == 0
-    text = page.locator("main").first.inner_text()
+    text = page.locator("main").first.evaluate(WITHOUT_CODE)  # the reference pages write roles as code
     assert "??" not in page.locator("main a").all_inner_texts()
     assert not any(role in text for role in ("{glue", "{doc}", "{cite", "{numref}", "{eq}", "{download}"))
 
