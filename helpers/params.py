@@ -216,10 +216,10 @@ class LookingInsideParams(Params):
             "seeds": (0,),
             "trait": "evil",
             "layer": 15,
-            "coefficients": (0.5, 1.0, 2.0, 4.0),
-            "questions": 16,
+            "coefficients": (1.0, 2.0, 4.0),
+            "questions": 12,
             "max_new_tokens": 32,
-            "draws": 1000,
+            "draws": 2000,
             "resamples": 2000,
         },
         "full": {

@@ -73,7 +73,8 @@ def test_coverage_counts_the_intervals_that_hold_the_truth():
 def test_verdicts_follow_the_planted_effect():
     def found(effect):
         return {
-            name: e.value for name, e in verdict_shares(CLAIM, effect, count=32, draws=200, seed=0, resamples=200).items()
+            name: e.value
+            for name, e in verdict_shares(CLAIM, effect, count=32, draws=200, seed=0, resamples=200).items()
         }
 
     none, small, large = (found(effect) for effect in (0.0, 0.3, 2.0))
