@@ -217,7 +217,7 @@ class LookingInsideParams(Params):
             "trait": "evil",
             "layer": 15,
             "coefficients": (1.0, 2.0, 4.0),
-            "questions": 12,
+            "questions": 16,
             "max_new_tokens": 32,
             "draws": 2000,
             "resamples": 2000,
