@@ -802,7 +802,7 @@ def check_slope(
             "the sign is wrong": -want,
             "the direction is not normalised first": central(size * direction, 2 * size),
             "the two points are twice `size` apart; divide by that": central(step, size),
-            "this is the difference, not the slope; divide by how far the points are apart": central(step, 1),
+            "this is the difference, not the slope; divide by how far the points are apart": central(step, 1.0),
             "this looks ahead only; a central difference looks back as far": (loss(h + step) - loss(h)) / size,
             "this is the gradient's value; the exercise asks for a difference of two losses": (
                 (reader @ h).exp() / 10 * reader + 2 * h

@@ -265,7 +265,7 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_logit_lens, lambda h, s, u, e: h @ u.T, "not normalised first"),
         (exercises.check_logit_lens, lambda h, s, u, e: lens(h, None, u, e), "scale is left out"),
         (exercises.check_logit_lens, lambda h, s, u, e: lens(h, s, u, 0.0), "eps is left out"),
-        (exercises.check_logit_lens, lambda h, s, u, e: lens(h.T, None, s[None], e), "shape must be"),
+        (exercises.check_logit_lens, lambda h, s, u, e: lens(h, s, u, e).T, "shape must be"),
         (exercises.check_slope, lambda f, h, d, e: slope(f, h, d, e) * 2, "twice `size` apart"),
         (exercises.check_slope, lambda f, h, d, e: slope(f, h, d, e * d.norm()) * d.norm(), "not normalised first"),
         (exercises.check_slope, lambda f, h, d, e: (f(h + e * F.normalize(d, dim=0)) - f(h)) / e, "looks ahead only"),
