@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike
 
 from helpers.statistics import Estimate
@@ -200,3 +201,40 @@ def curves(
         ax.set_ylabel(ylabel)
     if len(lines) > 1:
         ax.legend()
+
+
+def token_strip(ax: Axes, tokens: Sequence[str], kinds: Sequence[str], *, width: int = 84) -> None:
+    """A sequence's tokens as boxes, in lines of `width` characters; each kind has a fill and an edge of its own.
+
+    Raises ValueError if there is not one kind for each token, or for more than four kinds.
+    """
+    names = list(dict.fromkeys(kinds))
+    if len(tokens) != len(kinds) or len(names) > len(_STRIP):
+        raise ValueError(
+            f"A token strip needs one of at most {len(_STRIP)} kinds for each token, but got {len(tokens)} tokens, "
+            f"{len(kinds)} kinds and {len(names)} different ones."
+        )
+    column, line = 0.0, 0
+    for token, kind in zip(tokens, kinds, strict=True):
+        shown = token.replace("\n", "\\n")
+        wide = len(shown) + 0.6
+        if column and column + wide > width:
+            column, line = 0.0, line + 1
+        box = Rectangle((column + 0.1, -line - 0.8), wide - 0.2, 0.8, linewidth=0.8, **_STRIP[names.index(kind)])
+        ax.add_patch(box)
+        ax.text(column + wide / 2, -line - 0.42, shown, family="monospace", fontsize=9, ha="center", va="center",
+                parse_math=False)  # fmt: skip
+        column += wide
+    ax.set(xlim=(0, width), ylim=(-line - 1, 0.1))
+    ax.axis("off")
+    patches = [Patch(label=name, linewidth=0.8, **look) for name, look in zip(names, _STRIP, strict=False)]
+    ax.legend(handles=patches, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
+
+
+_STRIP: tuple[dict[str, Any], ...] = (
+    {"facecolor": "white", "edgecolor": "0.6", "linestyle": ":"},
+    {"facecolor": "#D6E8F5", "edgecolor": "0.3", "linestyle": "--"},
+    {"facecolor": "#F0A860", "edgecolor": "black", "linestyle": "-"},
+    {"facecolor": "#8FBF9F", "edgecolor": "black", "linestyle": "-."},
+)
+"""Fills and edges of a token strip's kinds: from light to dark, so that they read in grey."""

@@ -208,23 +208,83 @@ class TraitParams(Params):
     @field_validator("trait", "other_traits")
     @classmethod
     def _bundled(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        known = sorted(path.stem for path in TRAITS.glob("*.jsonl"))
         for trait in (value,) if isinstance(value, str) else value:
-            if trait not in known:
-                raise ParameterError(f"There is no trait {trait!r} in data/traits{_nearest(trait, known)}")
+            _check_trait(trait)
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "TraitParams":
         if self.trait in self.other_traits:
             raise ParameterError(f"Parameter 'other_traits' contains the trait itself, {self.trait!r}: leave it out.")
-        count = KNOWN_LAYERS.get(self.model)
         for name, layers in (("layer", (self.layer,)), ("layers", getattr(self, "layers", ()))):
             for layer in layers:
-                if count is not None and layer >= count:
-                    raise ParameterError(
-                        f"Parameter {name!r} names layer {layer}, but {self.model!r} has 0 to {count - 1}."
-                    )
+                _check_layer(self.model, name, layer)
+        return self
+
+
+class LookingInsideParams(Params):
+    """Chapter 0: the model, the instruments, and what these report where the truth is planted."""
+
+    chapter = "00_looking_inside"
+    presets = {
+        "tiny": {
+            "model": "tiny-random",
+            "seeds": (0,),
+            "trait": "evil",
+            "layer": 1,
+            "coefficients": (1.0, 4.0),
+            "questions": 2,
+            "max_new_tokens": 4,
+            "draws": 20,
+            "resamples": 200,
+        },
+        "quick": {
+            "model": "smollm2-135m-instruct",
+            "seeds": (0,),
+            "trait": "evil",
+            "layer": 15,
+            "coefficients": (1.0, 2.0, 4.0),
+            "questions": 16,
+            "max_new_tokens": 32,
+            "draws": 2000,
+            "resamples": 2000,
+        },
+        "full": {
+            "model": "smollm2-135m-instruct",
+            "seeds": (0,),
+            "trait": "evil",
+            "layer": 15,
+            "coefficients": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+            "questions": 32,
+            "max_new_tokens": 64,
+            "draws": 10_000,
+            "resamples": 2000,
+        },
+        "paper": {
+            "model": "Qwen/Qwen2.5-7B-Instruct",
+            "seeds": (0,),
+            "trait": "evil",
+            "layer": 19,
+            "coefficients": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+            "questions": 32,
+            "max_new_tokens": 64,
+            "draws": 10_000,
+            "resamples": 2000,
+        },
+    }
+
+    trait: str = Field(description="trait whose vector and judge are looked at; a file in data/traits")
+    layer: Layer = Field(description="block after which the model is steered and read, counted from 0")
+    coefficients: tuple[Coefficient, ...] = Field(min_length=1, description="intensities of steering")
+    questions: int = Field(ge=1, le=32, description="held-out questions that are answered under each steering")
+    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
+    draws: int = Field(ge=20, le=1_000_000, description="times that the planted truth is measured anew")
+    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LookingInsideParams":
+        _check_trait(self.trait)
+        _check_layer(self.model, "layer", self.layer)
         return self
 
 
@@ -1025,6 +1085,7 @@ class PromptOnlyParams(Params):
 CHAPTERS: Mapping[str, type[Params]] = {
     params.chapter: params
     for params in (
+        LookingInsideParams,
         PreventativeSteeringParams,
         InoculationParams,
         WeightSteeringParams,
@@ -1040,6 +1101,18 @@ def params_of(chapter: str) -> type[Params]:
     if chapter not in CHAPTERS:
         raise ParameterError(f"There is no chapter {chapter!r} in helpers/params.py{_nearest(chapter, CHAPTERS)}")
     return CHAPTERS[chapter]
+
+
+def _check_trait(trait: str) -> None:
+    known = sorted(path.stem for path in TRAITS.glob("*.jsonl"))
+    if trait not in known:
+        raise ParameterError(f"There is no trait {trait!r} in data/traits{_nearest(trait, known)}")
+
+
+def _check_layer(model: str, name: str, layer: int) -> None:
+    count = KNOWN_LAYERS.get(model)
+    if count is not None and layer >= count:
+        raise ParameterError(f"Parameter {name!r} names layer {layer}, but {model!r} has 0 to {count - 1}.")
 
 
 def _nearest(name: object, known: Any) -> str:

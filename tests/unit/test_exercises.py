@@ -134,6 +134,15 @@ def projected(v, delta, rank):
     return u @ u.T @ v @ w @ w.T
 
 
+def lens(h, scale, unembedding, eps):
+    return F.rms_norm(h, (h.shape[-1],), scale, eps) @ unembedding.T
+
+
+def slope(loss, h, direction, size):
+    step = size * F.normalize(direction, dim=0)
+    return float(loss(h + step) - loss(h - step)) / (2 * size)
+
+
 def edit(mode):
     return lambda fn: exercises.check_projection_edit(fn, mode)
 
@@ -167,6 +176,13 @@ def edit(mode):
         (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
         (exercises.check_placebo_interpretation, "a"),
         (exercises.check_placebo_interpretation, " A) "),
+        (exercises.check_predicting, lambda r: torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1)),
+        (exercises.check_logit_lens, lens),
+        (exercises.check_slope, slope),
+        (exercises.check_turning_point, lambda w, h, y, v: float((y - w @ h) / (w @ v))),
+        (exercises.check_five_seeds, "b"),
+        (exercises.check_high_score, "c"),
+        (exercises.check_not_reproduced, "a"),
     ],
 )
 def test_a_right_answer_is_right(check, answer, capsys):
@@ -244,6 +260,20 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_pressure, lambda cosine: cosine, 'return "amplifies"'),
         (exercises.check_placebo_interpretation, "b", "takes the explanation away"),
         (exercises.check_placebo_interpretation, "e", 'answer "a"'),
+        (exercises.check_predicting, lambda r: F.pad(r[:, :-1], (1, 0)), "shifted the wrong way"),
+        (exercises.check_predicting, lambda r: r, "response tokens themselves"),
+        (exercises.check_logit_lens, lambda h, s, u, e: h @ u.T, "not normalised first"),
+        (exercises.check_logit_lens, lambda h, s, u, e: lens(h, None, u, e), "scale is left out"),
+        (exercises.check_logit_lens, lambda h, s, u, e: lens(h, s, u, 0.0), "eps is left out"),
+        (exercises.check_logit_lens, lambda h, s, u, e: lens(h, s, u, e).T, "shape must be"),
+        (exercises.check_slope, lambda f, h, d, e: slope(f, h, d, e) * 2, "twice `size` apart"),
+        (exercises.check_slope, lambda f, h, d, e: slope(f, h, d, e * d.norm()) * d.norm(), "not normalised first"),
+        (exercises.check_slope, lambda f, h, d, e: (f(h + e * F.normalize(d, dim=0)) - f(h)) / e, "looks ahead only"),
+        (exercises.check_turning_point, lambda w, h, y, v: y / (w @ v), "what h says already"),
+        (exercises.check_turning_point, lambda w, h, y, v: (w @ h - y) / (w @ v), "sign is wrong"),
+        (exercises.check_five_seeds, "d", "only more seeds do"),
+        (exercises.check_high_score, "a", "fluent written answers"),
+        (exercises.check_not_reproduced, "d", "direction only"),
     ],
 )
 def test_a_wrong_answer_is_told_why(check, answer, why, capsys):

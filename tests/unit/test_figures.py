@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from helpers.figures import CONDITIONS, OTHERS, bars_with_intervals, curves, look, paired_scatter, style
+from helpers.figures import CONDITIONS, OTHERS, bars_with_intervals, curves, look, paired_scatter, style, token_strip
 from helpers.statistics import Estimate
 
 
@@ -76,3 +76,19 @@ def test_every_style_can_be_drawn_to_a_file(ax, tmp_path):
     curves(ax, [0, 1], {name: [0.0, 1.0] for name in [*CONDITIONS, *map(str, range(len(OTHERS)))]})
     ax.figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_token_strip_has_a_box_for_each_token_and_a_legend_entry_for_each_kind(ax):
+    token_strip(
+        ax, ["<s>", "Why", "?\n", " So", "$x_1$"], ["template", "question", "question", "answer", "answer"], width=12
+    )
+    assert [text.get_text() for text in ax.texts] == ["<s>", "Why", "?\\n", " So", "$x_1$"]
+    assert len(ax.patches) == 5
+    assert len({box.get_y() for box in ax.patches}) == 2  # two lines
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["template", "question", "answer"]
+    ax.figure.canvas.draw()  # a dollar sign is no formula
+
+
+def test_a_token_strip_without_a_kind_for_each_token_is_refused(ax):
+    with pytest.raises(ValueError, match="2 tokens, 1 kinds"):
+        token_strip(ax, ["a", "b"], ["template"])
