@@ -275,11 +275,21 @@ class LookingInsideParams(Params):
 
     trait: str = Field(description="trait whose vector and judge are looked at; a file in data/traits")
     layer: Layer = Field(description="block after which the model is steered and read, counted from 0")
-    coefficients: tuple[Coefficient, ...] = Field(min_length=1, description="intensities of steering")
-    questions: int = Field(ge=1, le=32, description="held-out questions that are answered under each steering")
-    max_new_tokens: int = Field(ge=1, le=4096, description="length of a generated answer, in tokens")
-    draws: int = Field(ge=20, le=1_000_000, description="times that the planted truth is measured anew")
-    resamples: int = Field(ge=100, le=1_000_000, description="bootstrap resamples behind an interval")
+    coefficients: tuple[Coefficient, ...] = Field(
+        min_length=1, description="intensities of steering", json_schema_extra=EACH
+    )
+    questions: int = Field(
+        ge=1, le=32, description="held-out questions that are answered under each steering", json_schema_extra=TIME
+    )
+    max_new_tokens: int = Field(
+        ge=1, le=4096, description="length of a generated answer, in tokens", json_schema_extra=TIME
+    )
+    draws: int = Field(
+        ge=20, le=1_000_000, description="times that the planted truth is measured anew", json_schema_extra=LITTLE
+    )
+    resamples: int = Field(
+        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "LookingInsideParams":
