@@ -16,6 +16,7 @@ from helpers.exercises.checking import (
     POSITIONS,
     WIDTH,
     call,
+    check_choice,
     compare,
     random_activations,
     random_response_mask,

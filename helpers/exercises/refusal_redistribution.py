@@ -139,7 +139,7 @@ def check_high_k(choice: str | None = None) -> None:
         "a",
         {
             "a": "compare K* only between models that refuse what is harmful and answer the rest.",
-            "b": "it may refuse whatever it is asked; then nothing that tells harmful from harmless carries the refusal.",
+            "b": "it may refuse whatever it is asked; then nothing that tells the two kinds apart carries refusal.",
             "c": "what breaks or does not is seen after harmless requests; B answers nearly all of them.",
             "d": "the width of an interval comes from the requests that are resampled; nothing is said of it here.",
         },
