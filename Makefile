@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 BIN := .venv/bin
 
-.PHONY: book test benchmark lint environment clean distclean
+.PHONY: book test benchmark lint student instructor environment clean distclean
 
 book: .venv/.installed
 	@$(BIN)/snakemake --cores $(CORES) --config preset=$(PRESET)
@@ -23,6 +23,11 @@ lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The notebooks for a course, in build/student and build/instructor: without the answers, and with notes.
+student instructor: .venv/.installed
+	@$(BIN)/python -m helpers edition $@ --output build/$@
+	@echo "The $@ edition: build/$@"
 
 environment: .venv/.installed
 

@@ -1,7 +1,8 @@
-"""`python -m helpers execute / status / models`: what the Snakefile calls, and a reader may.
+"""`python -m helpers execute / status / edition / models`: what the Snakefile and make call, and a reader may.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
     python -m helpers status --tree book/executed/quick
+    python -m helpers edition student --output build/student
     python -m helpers models
 
 Modules are imported where they are needed, so a mistake in the command line is answered at once.
@@ -39,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from helpers.scoreboard import write_pages
 
             write_pages(chosen.tree)
+        elif chosen.command == "edition":
+            from helpers.editions import EditionError, write_edition
+
+            try:
+                write_edition(chosen.edition, chosen.output)
+            except EditionError as error:
+                raise CommandError(str(error)) from None
         else:
             from helpers.models import REGISTRY
 
@@ -121,5 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--results", help="folder for findings, figure data and vectors")
     pages = commands.add_parser("status", help="write the scoreboard and the status page of an executed book")
     pages.add_argument("--tree", type=Path, required=True, help="the executed book, such as book/executed/quick")
+    course = commands.add_parser("edition", help="write the notebooks for students or for instructors")
+    course.add_argument("edition", help="student (without the answers) or instructor (with notes)")
+    course.add_argument("--output", type=Path, required=True, help="the folder, such as build/student")
     commands.add_parser("models", help="list the registered models")
     return parser
