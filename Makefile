@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 BIN := .venv/bin
 
-.PHONY: book test benchmark lint links environment clean distclean
+.PHONY: book test benchmark lint links student instructor environment clean distclean
 
 book: .venv/.installed
 	@$(BIN)/snakemake --cores $(CORES) --config preset=$(PRESET)
@@ -27,6 +27,11 @@ lint: .venv/.installed
 # Asks every server that the pages link to; the links within the book are tested by `make test`, without a network.
 links: book
 	$(BIN)/jupyter-book build book/executed/$(PRESET) --builder linkcheck
+
+# The notebooks for a course, in build/student and build/instructor: without the answers, and with notes.
+student instructor: .venv/.installed
+	@$(BIN)/python -m helpers edition $@ --output build/$@
+	@echo "The $@ edition: build/$@"
 
 environment: .venv/.installed
 

@@ -1,8 +1,9 @@
-"""`python -m helpers execute / compare / status / models`: what the Snakefile calls, and a reader may.
+"""`python -m helpers execute / compare / status / edition / models`: what the Snakefile, make or a reader calls.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
     python -m helpers compare results/quick/01_pps_gradient_reversal results/mine
     python -m helpers status --tree book/executed/quick
+    python -m helpers edition student --output build/student
     python -m helpers models
 
 Modules are imported where they are needed, so a mistake in the command line is answered at once.
@@ -47,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from helpers.pages import write_pages
 
             write_pages(chosen.tree)
+        elif chosen.command == "edition":
+            from helpers.editions import EditionError, write_edition
+
+            try:
+                write_edition(chosen.edition, chosen.output)
+            except EditionError as error:
+                raise CommandError(str(error)) from None
         else:
             from helpers.models import REGISTRY
 
@@ -134,5 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     pages = commands.add_parser("status", help="write the pages of an executed book that are made from its runs")
     pages.add_argument("--tree", type=Path, required=True, help="the executed book, such as book/executed/quick")
+    course = commands.add_parser("edition", help="write the notebooks for students or for instructors")
+    course.add_argument("edition", help="student (without the answers) or instructor (with notes)")
+    course.add_argument("--output", type=Path, required=True, help="the folder, such as build/student")
     commands.add_parser("models", help="list the registered models")
     return parser

@@ -8,7 +8,6 @@ by `_toc.yml`; what the map says of each is in `book/map.yml`.
 
 import ast
 import json
-import re
 import shlex
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import nbformat
 import yaml
 from pydantic.fields import FieldInfo
 
+from helpers.editions import exercises_of
 from helpers.findings import load_claims
 from helpers.params import params_of
 from helpers.scoreboard import Run, markdown_table, scoreboard, status
@@ -26,7 +26,6 @@ from helpers.scoreboard import Run, markdown_table, scoreboard, status
 PROJECT = Path(__file__).resolve().parent.parent
 MAP = PROJECT / "book" / "map.yml"
 NOTEBOOKS = PROJECT / "notebooks"
-EXERCISE = re.compile(r"\*\*(\d+)\. .+?\*\*(?:\s*\*\([^)]*?(\d+) minutes[^)]*\)\*)?")
 
 
 def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -> None:
@@ -61,9 +60,8 @@ def chapters(contents: Path = PROJECT / "_toc.yml") -> list[str]:
 
 
 def exercise_minutes(notebook: Any) -> dict[int, int]:
-    """The exercises of a chapter: number -> minutes that it may take, 0 where the notebook does not say."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    return {int(number): int(minutes or 0) for number, minutes in EXERCISE.findall(text)}
+    """The exercises of a chapter: number -> minutes that it may take."""
+    return {exercise.number: exercise.minutes for exercise in exercises_of(notebook, "the chapter")}
 
 
 def title(notebook: Any) -> str:

@@ -1,7 +1,10 @@
 """Each check accepts a right answer, and tells the usual wrong ones apart."""
 
+import inspect
 import math
+import statistics
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +146,28 @@ def slope(loss, h, direction, size):
     return float(loss(h + step) - loss(h - step)) / (2 * size)
 
 
+def did(trait_ip, trait_placebo, normal_ip, normal_placebo):
+    return torch.stack([trait_placebo, normal_ip]).sum(0) - torch.stack([trait_ip, normal_placebo]).sum(0)
+
+
+def ends(length, first, last):
+    marked = torch.zeros(length, dtype=torch.bool)
+    marked[:first] = True
+    marked[max(0, length - last) :] = True
+    return marked
+
+
+def feature_step(alpha, v, factor_rate, vector_rate, turn, sign):
+    return alpha * vector_rate * sign + factor_rate * turn * v + factor_rate * vector_rate * turn * sign
+
+
+def overall(concept, relevance, fluency):
+    def one(*ratings):
+        return statistics.harmonic_mean([float(r) for r in ratings])
+
+    return [one(*ratings) for ratings in zip(concept, relevance, fluency, strict=True)]
+
+
 def edit(mode):
     return lambda fn: exercises.check_projection_edit(fn, mode)
 
@@ -164,25 +189,22 @@ def edit(mode):
         (exercises.check_pile_mean, pile_mean),
         (exercises.check_alpha_for_ratio, lambda v, delta, ratio: float(ratio * delta.norm() / v.norm())),
         (exercises.check_project_on_diff, projected),
-        (exercises.check_steering_sign, "a"),
         (exercises.check_ablation, lambda a, d: a - a @ d.T @ d),
         (exercises.check_covariance_loss, covariance_loss),
         (exercises.check_k_star, lambda rates: next((k for k, r in enumerate(rates) if r < 0.3), len(rates))),
-        (exercises.check_micro_batch, "c"),
         (exercises.check_fihs, lambda g, s: -g @ s),
         (exercises.check_safety_score, lambda z, unsafe, safe: (z[:, unsafe] - z[:, safe]).mean()),
         (exercises.check_crossing, crossing),
-        (exercises.check_sign, "b"),
+        (exercises.check_difference_of_differences, did),
+        (exercises.check_ends, ends),
+        (exercises.check_feature_step, feature_step),
+        (exercises.check_overall, overall),
         (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
-        (exercises.check_placebo_interpretation, "a"),
         (exercises.check_placebo_interpretation, " A) "),
         (exercises.check_predicting, lambda r: torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1)),
         (exercises.check_logit_lens, lens),
         (exercises.check_slope, slope),
         (exercises.check_turning_point, lambda w, h, y, v: float((y - w @ h) / (w @ v))),
-        (exercises.check_five_seeds, "b"),
-        (exercises.check_high_score, "c"),
-        (exercises.check_not_reproduced, "a"),
     ],
 )
 def test_a_right_answer_is_right(check, answer, capsys):
@@ -251,6 +273,18 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_crossing, lambda a, b, s, v, w: (a + b) / 2, "this is the midpoint"),
         (exercises.check_crossing, lambda a, b, s, v, w: crossing(a, b, s, w, v), "away from it"),
         (exercises.check_sign, "a", "filtering is by rank"),
+        (exercises.check_difference_of_differences, lambda *losses: -did(*losses), "the sign is wrong"),
+        (exercises.check_difference_of_differences, lambda a, b, c, d: b - a, "on trait answers alone"),
+        (exercises.check_difference_of_differences, lambda a, b, c, d: c - a, "the placebo is left out"),
+        (exercises.check_difference_of_differences, lambda *losses: did(*losses).mean(), "paired"),
+        (exercises.check_ends, lambda n, p, s: ~ends(n, p, s), "the middle is marked"),
+        (exercises.check_ends, lambda n, p, s: ends(n, p, 0), "only the first"),
+        (exercises.check_ends, lambda n, p, s: ends(n, p, s + 1), "one token too many"),
+        (exercises.check_feature_step, lambda a, v, f, r, t, s: a * r * s + f * t * v, "both rates is missing"),
+        (exercises.check_feature_step, lambda a, v, f, r, t, s: (a + f * t) * (v + r * s), "where it began"),
+        (exercises.check_overall, lambda c, r, f: (c + r + f) / 3, "ordinary mean"),
+        (exercises.check_overall, lambda c, r, f: np.minimum(np.minimum(c, r), f), "lowest of the three"),
+        (exercises.check_hiding, "d", "teach refusal"),
         (exercises.check_steering_sign, "z", 'answer "a"'),
         (
             exercises.check_pressure,
@@ -287,7 +321,53 @@ def test_an_unknown_mode_names_the_modes():
         exercises.check_projection_edit(neutralise, "ablate")
 
 
-def test_the_placebo_question_is_asked_without_giving_the_answer(capsys):
-    exercises.check_placebo_interpretation()
+QUESTIONS = {
+    exercises.check_five_seeds: "b",
+    exercises.check_high_score: "c",
+    exercises.check_not_reproduced: "a",
+    exercises.check_random_panel: "c",
+    exercises.check_other_trait: "a",
+    exercises.check_placebo_interpretation: "a",
+    exercises.check_better_placebo: "d",
+    exercises.check_hidden_trait: "b",
+    exercises.check_steering_sign: "a",
+    exercises.check_unlearnt: "a",
+    exercises.check_dose: "d",
+    exercises.check_micro_batch: "c",
+    exercises.check_attacker: "c",
+    exercises.check_high_k: "a",
+    exercises.check_sign: "b",
+    exercises.check_hiding: "b",
+    exercises.check_equal_size: "d",
+    exercises.check_fair_comparison: "c",
+    exercises.check_hidden_steering: "c",
+    exercises.check_nothing_steers: "b",
+}
+
+
+@pytest.mark.parametrize("ask", QUESTIONS, ids=lambda ask: ask.__name__)
+def test_a_question_is_asked_without_giving_the_answer(ask, capsys):
+    ask()
     said = capsys.readouterr().out
-    assert said.count("\n  ") == 4 and "Right" not in said
+    asked, options = said.split("\n\n")
+    assert asked.endswith(("?", "."))
+    assert [line[:3] for line in options.splitlines()] == ["a) ", "b) ", "c) ", "d) "]
+    assert "Right" not in said
+    assert max(len(line) for line in said.splitlines()) <= 110
+
+
+@pytest.mark.parametrize("ask", QUESTIONS, ids=lambda ask: ask.__name__)
+def test_one_option_is_right_and_each_of_the_others_has_a_reason_of_its_own(ask, capsys):
+    said = {}
+    for letter in "abcd":
+        ask(letter)
+        said[letter] = capsys.readouterr().out
+    assert [letter for letter in said if said[letter].startswith("Right: ")] == [QUESTIONS[ask]]
+    assert len(set(said.values())) == 4
+    assert all(text.endswith(".\n") for text in said.values())
+
+
+def test_every_check_that_asks_is_tested_here():
+    checks = [getattr(exercises, name) for name in exercises.__all__]
+    asking = {check for check in checks if list(inspect.signature(check).parameters) == ["choice"]}
+    assert asking == set(QUESTIONS)
