@@ -79,8 +79,8 @@ def chart(figure: Figure, summary: str, notes: Sequence[Mapping[str, Sequence[st
     svg = _svg(figure)  # also settles where the axes are
     number = {label: i for i, label in enumerate(series)}
     boxes = "".join(
-        f'<label><input type="checkbox" class="s{number[label]}" checked> {_swatch(label, artist)} {escape(label)}</label>'
-        for label, artist in series.items()
+        f'<label><input type="checkbox" class="s{i}" checked> {_swatch(label, artist)} {escape(label)}</label>'
+        for i, (label, artist) in enumerate(series.items())
     )
     points_html = []
     for label, artist, of_points in noted:
@@ -140,10 +140,10 @@ def _places(artist: Line2D | PathCollection) -> Float[np.ndarray, "point 2"]:
 
 def _swatch(label: str, artist: Line2D | PathCollection) -> str:
     if isinstance(artist, Line2D):
-        colour, marker = artist.get_color(), artist.get_marker()
+        colour, marker = to_hex(artist.get_color()), str(artist.get_marker())
     else:
-        colour, marker = artist.get_facecolor()[0], look(label).marker
-    return f'<span style="color:{to_hex(colour)}">{_GLYPHS[str(marker)]}</span>'
+        colour, marker = to_hex(artist.get_facecolor()[0]), look(label).marker
+    return f'<span style="color:{colour}">{_GLYPHS[marker]}</span>'
 
 
 def _svg(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""What can be looked at closer says what it was given, at the place where it is drawn, and asks nothing of the network."""
+"""What can be looked at closer says what it was given, where it is drawn, and asks nothing of the network."""
 
 import re
 from xml.etree import ElementTree
