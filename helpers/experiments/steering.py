@@ -494,10 +494,13 @@ class SteeringExperiment:
 
     # Utility
 
-    def utility(self, arm: Arm, task: corpora.QuizTask) -> Bool[Array, "repeat item"]:
-        """Which items are answered rightly; every item is asked under `item_repeats` concepts, taken in turns."""
+    def utility(self, arm: Arm) -> dict[corpora.QuizTask, Bool[Array, "repeat item"]]:
+        """Which items of each quiz are answered rightly.
+
+        Every item is asked under `item_repeats` concepts, taken in turns.
+        """
         p, n = self.params, len(self.concepts)
-        rows = corpora.load_quiz(task)[: p.items]
+        rows = [row for task in QUIZZES for row in corpora.load_quiz(task)[: p.items]]
         asked = [
             ((i + k * max(n // p.item_repeats, 1)) % n, row)
             for k in range(p.item_repeats)
@@ -505,7 +508,8 @@ class SteeringExperiment:
         ]
         worded = [(c, self._worded(arm, self.concepts[c], row.question, False)) for c, row in asked]
         said = self._say(arm, worded, p.quiz_tokens)
-        return np.array([row.right(t) for (_, row), t in zip(asked, said, strict=True)]).reshape(p.item_repeats, -1)
+        right = np.array([row.right(t) for (_, row), t in zip(asked, said, strict=True)]).reshape(p.item_repeats, -1)
+        return dict(zip(QUIZZES, np.split(right, len(QUIZZES), axis=1), strict=True))
 
     # Costs
 

@@ -115,8 +115,7 @@ def test_the_search_takes_the_best_factor_of_each_concept(exp):
 def test_quiz_answers_are_told_right_from_wrong(exp):
     row = corpora.load_quiz("facts")[0]
     assert row.right("The capital is Paris.") and not row.right("Parisian, London")
-    for task in QUIZZES:
-        assert exp.utility(Arm(), task).shape == (2, 4)
+    assert {task: right.shape for task, right in exp.utility(Arm()).items()} == dict.fromkeys(QUIZZES, (2, 4))
 
 
 def test_an_unknown_quiz_says_which_there_are(untyped):
