@@ -192,7 +192,7 @@ def curves(
         intervals = [point for point in points if isinstance(point, Estimate)]
         if len(intervals) == len(values) and values:
             low, high = [point.low for point in intervals], [point.high for point in intervals]
-            ax.fill_between(places, low, high, color=drawn.colour, alpha=0.15, linewidth=0)
+            ax.fill_between(places, low, high, color=drawn.colour, alpha=0.15, linewidth=0, gid=label)
     if zero:
         ax.axhline(0, color="0.35", linewidth=0.8, linestyle="-", marker="")
     if xlabel:

@@ -1,6 +1,8 @@
 """The book is built for the tiny preset by the Snakefile that readers use, and opened in a real browser."""
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +16,69 @@ PROJECT = Path(__file__).resolve().parents[2]
 SITE = PROJECT / "book" / "executed" / "tiny" / "_build" / "html"
 PAGES = [str(page) for page in parse_toc_yaml(PROJECT / "_toc.yml")]
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
-WITHOUT_CODE = """main => {
-    const copy = main.cloneNode(true);
-    copy.querySelectorAll("code, pre").forEach(part => part.remove());
-    return copy.textContent;
-}"""
+CLOSER = [page for page in CHAPTERS if Path(page).name[:2] in ("01", "02", "04")]
+"""Chapters with a chart to look closer at."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+DESKTOP, PHONE = 1280, 375
+LARGEST_PAGE = 3_000_000  # bytes of a page's HTML and images
+
+FACTS = """() => {
+  const main = document.querySelector("main"), all = (selector, from = main) => [...from.querySelectorAll(selector)];
+  const folds = all("details").map(fold => {
+    const wasOpen = fold.open, solution = !!fold.closest(".tag_solution");
+    if (!wasOpen) fold.querySelector("summary").click();
+    const content = [...fold.children].filter(child => !["SUMMARY", "STYLE"].includes(child.tagName));
+    const shows = content.some(child => child.getBoundingClientRect().height > 0);
+    return {text: fold.querySelector("summary").innerText.trim(), wasOpen, solution, opens: fold.open && shows};
+  });
+  const scrolls = node => node && node !== main &&
+    (["auto", "scroll", "hidden"].includes(getComputedStyle(node).overflowX) || scrolls(node.parentElement));
+  const sticksOut = node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement);
+  const wide = all("*").filter(sticksOut);
+  const prose = main.cloneNode(true);
+  all("pre, code, script, style, svg, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
+  return {
+    folds,
+    scrollWidth: document.documentElement.scrollWidth,
+    wide: wide.slice(0, 5).map(node => node.outerHTML.slice(0, 200)),
+    heading: main.querySelector("h1")?.innerText.trim() ?? "",
+    text: main.innerText,
+    prose: prose.textContent,
+    broken: all(".problematic, .system-message, .error").length,
+    links: all("a[href]").map(link => ({text: link.innerText, target: link.href})),
+    images: all("img").map(image => ({
+      alt: image.alt,
+      source: image.src,
+      drawn: image.naturalWidth,
+      width: image.getBoundingClientRect().width,
+      column: image.parentElement.closest("div, section, figure, td").clientWidth,
+      figure: !!image.closest(".cell_output"),
+    })),
+    outputs: all(".cell_output pre").map(block => block.innerText),
+    formulas: all(".math").length,
+    set: all("mjx-container").length,
+  };
+}"""
+
+UNREADABLE = """() => {
+  const numbers = colour => { const n = colour.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
+  const behind = node => node
+    ? over(numbers(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
+  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  document.querySelectorAll("main details").forEach(fold => { fold.open = true; });
+  return [...document.querySelectorAll("main :is(p, li, td, th, dt, dd, h1, h2, h3, summary, label, .token)")]
+    .filter(node => node.innerText.trim() && node.getBoundingClientRect().height > 0)
+    .map(node => {
+      const ground = behind(node), ink = over(numbers(getComputedStyle(node).color), ground);
+      const [low, high] = [light(ink), light(ground)].sort((a, b) => a - b);
+      return {ratio: (high + 0.05) / (low + 0.05), node: node.outerHTML.slice(0, 160)};
+    })
+    .filter(found => found.ratio < 4.5);
+}"""
 
 
 @pytest.fixture(scope="session")
@@ -50,18 +109,41 @@ def browser(site):
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def seen(site, browser):
+    """What a page of the book shows at a width; each is visited once, with every fold opened."""
+
+    @functools.cache
+    def visit(name, width):
+        context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
+        page = context.new_page()
+        errors = []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((site / f"{name}.html").as_uri(), wait_until="load")
+        if page.locator("main .math").count():
+            page.wait_for_selector("mjx-container", timeout=10_000)
+        facts = page.evaluate(FACTS)
+        context.close()
+        return {**facts, "errors": errors}
+
+    return visit
+
+
 @pytest.fixture
 def opened(site, browser):
-    """Opens a page of the book by its name in the table of contents."""
-    context = browser.new_context(offline=True)
-    page = context.new_page()
+    """Opens a page of the book by its name in the table of contents, in a browser's context with given options."""
+    contexts = []
 
-    def open_page(name):
+    def open_page(name, **options):
+        contexts.append(browser.new_context(offline=True, **options))
+        page = contexts[-1].new_page()
         page.goto((site / f"{name}.html").as_uri(), wait_until="load")
         return page
 
     yield open_page
-    context.close()
+    for context in contexts:
+        context.close()
 
 
 @pytest.mark.parametrize("name", ["index", *PAGES])
@@ -70,44 +152,129 @@ def test_every_page_of_the_table_of_contents_is_there(site, name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_opens_with_its_heading_and_nothing_unresolved(opened, name):
-    page = opened(name)
-    assert page.locator("h1").first.inner_text().strip()
-    assert page.locator(".problematic, .system-message, .error").count() == 0
-    text = page.locator("main").first.evaluate(WITHOUT_CODE)  # the reference pages write roles as code
-    assert "??" not in page.locator("main a").all_inner_texts()
-    assert not any(role in text for role in ("{glue", "{doc}", "{cite", "{numref}", "{eq}", "{download}"))
+def test_a_page_opens_with_its_heading_and_nothing_unresolved(seen, name):
+    page = seen(name, DESKTOP)
+    assert page["heading"]
+    assert page["broken"] == 0
+    assert "??" not in [link["text"] for link in page["links"]]
+    assert not any(role in page["prose"] for role in ("{glue", "{doc}", "{cite", "{numref}", "{eq}", "{download}"))
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_link_within_the_book_leads_somewhere(opened, name):
-    page = opened(name)
-    targets = page.eval_on_selector_all("main a[href]", "links => links.map(link => link.href)")
-    for target in {target.split("#")[0].split("?")[0] for target in targets if target.startswith("file:")}:
+def test_a_page_shows_no_raw_markup(seen, name):
+    """Outside code, where such signs are meant."""
+    prose = seen(name, DESKTOP)["prose"]
+    assert re.findall(r".{0,30}(?:\*\*|\$[^$\n]+\$|:::|\{\w+\}`|</?\w+>|<details|\\begin\{).{0,30}", prose) == []
+
+
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_makes_no_error_in_the_browser(seen, name, width):
+    assert seen(name, width)["errors"] == []
+
+
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_no_wider_than_the_screen_even_with_every_fold_open(seen, name, width):
+    page = seen(name, width)
+    assert page["wide"] == []
+    assert page["scrollWidth"] <= width
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_within_the_book_leads_somewhere(seen, name):
+    targets = {link["target"].split("#")[0].split("?")[0] for link in seen(name, DESKTOP)["links"]}
+    for target in {target for target in targets if target.startswith("file:")}:
         assert Path(target.removeprefix("file://").replace("%20", " ")).exists(), target
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_the_figures_of_a_chapter_show(opened, name):
-    page = opened(name)
-    figures = page.locator("main .cell_output img")
-    assert figures.count() > 0
-    widths = figures.evaluate_all("images => images.map(image => image.naturalWidth)")
-    assert all(width > 0 for width in widths)
+def test_the_figures_of_a_chapter_show_whole_and_say_in_words_what_they_show(seen, name):
+    for width in (DESKTOP, PHONE):
+        figures = [image for image in seen(name, width)["images"] if image["figure"]]
+        assert figures
+        for image in figures:
+            assert image["drawn"] > 0
+            assert image["width"] <= image["column"] + 1
+            assert len(image["alt"].split()) >= 8, "its file's name is not an alternative text"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_fold_opens_when_clicked(seen, name):
+    folds = seen(name, DESKTOP)["folds"]
+    assert [fold["text"] for fold in folds if not fold["opens"]] == []
+    if name in CHAPTERS:
+        solutions = [fold for fold in folds if fold["solution"]]
+        assert solutions
+        assert not any(fold["wasOpen"] for fold in solutions)
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_a_hidden_solution_opens_when_clicked(opened, name):
-    page = opened(name)
-    solution = page.locator(".tag_solution details").first
-    assert solution.get_attribute("open") is None
-    solution.locator("summary").first.click()
-    assert solution.get_attribute("open") is not None
-    assert solution.locator("summary ~ *").first.is_visible()
+def test_formulas_are_set_without_a_network(seen, name):
+    assert seen(name, DESKTOP)["set"] >= seen(name, DESKTOP)["formulas"] > 0
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_formulas_are_set_without_a_network(opened, name):
-    page = opened(name)
-    page.wait_for_selector("mjx-container", timeout=10_000)
-    assert page.locator("mjx-container").count() >= page.locator("main .math").count() > 0
+def test_no_output_is_a_wall_of_text_or_a_warning(seen, name):
+    for output in seen(name, DESKTOP)["outputs"]:
+        assert output.count("\n") <= 60, output[:400]
+        assert not re.search(r"\w*Warning\b|Traceback", output), output[:400]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_with_its_figures_is_light(site, seen, name):
+    sources = {image["source"] for image in seen(name, DESKTOP)["images"]}
+    files = [Path(source.removeprefix("file://")) for source in sources if source.startswith("file:")]
+    assert (site / f"{name}.html").stat().st_size + sum(file.stat().st_size for file in files) <= LARGEST_PAGE
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_text_stands_out_from_its_ground_in_both_themes(opened, name, theme):
+    """At the contrast of 4.5 that the Web Content Accessibility Guidelines ask for."""
+    page = opened(name, color_scheme=theme)
+    assert page.locator("html").get_attribute("data-theme") == theme
+    assert page.evaluate(UNREADABLE) == []
+
+
+@pytest.mark.parametrize("term", ["persona vector", "placebo"])
+def test_search_finds_a_term_of_the_glossary(site, opened, term):
+    page = opened("search")
+    page.goto((site / "search.html").as_uri() + "?q=" + term.replace(" ", "+"))
+    page.wait_for_selector("#search-results li a", timeout=10_000)
+    targets = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.href)")
+    assert any("book/glossary.html" in target for target in targets)
+
+
+@pytest.mark.parametrize("name", CLOSER)
+def test_a_chart_to_look_closer_at_needs_no_javascript_and_answers_to_hover_focus_and_legend(opened, name):
+    page = opened(name, java_script_enabled=False)
+    fold = page.locator("details.closer").first
+    assert page.locator("main .cell_output img").first.is_visible()
+    assert not fold.locator("svg").is_visible()
+    fold.locator("summary").click()
+    assert fold.locator("svg").is_visible()
+    point = fold.locator(".note").first
+    point.focus()
+    assert point.locator("b").is_visible()
+    fold.locator(".note i").last.hover()
+    assert fold.locator(".note b").last.is_visible()
+    assert not point.locator("b").is_visible(), "one note at a time"
+    fold.locator("input").first.uncheck()
+    assert fold.locator("svg .s0").first.is_hidden()
+    assert fold.locator(".note.s0 i").first.is_hidden()
+    page.emulate_media(media="print")
+    assert not fold.is_visible()
+
+
+def test_tokens_tell_their_values_and_signs(opened):
+    page = opened(CLOSER[0])
+    fold = page.locator("details.closer", has=page.locator(".token"))
+    fold.locator("summary").click()
+    for sign in ("plus", "minus"):
+        token = fold.locator(f".token.{sign}").first
+        token.hover()
+        assert "undefended" in token.locator("b").inner_text()
+        assert token.evaluate(
+            "node => getComputedStyle(node).borderTopColor != getComputedStyle(node).borderBottomColor"
+        )

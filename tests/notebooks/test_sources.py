@@ -70,6 +70,15 @@ def test_no_later_cell_assigns_a_parameter_s_name(path, notebook):
     assert not taken & set(params_of(path.stem).model_fields)
 
 
+def test_every_figure_says_in_words_what_it_shows(path, notebook):
+    """The alternative text of the page's image; a sentence, and not the numbers that only the run knows."""
+    drawn = [cell for cell in code(notebook) if "plt.show()" in cell.source]
+    assert drawn
+    for cell in drawn:
+        said = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        assert len(said.split()) >= 8 and said.endswith("."), cell.source[:200]
+
+
 def test_ruff_has_nothing_to_say(path):
     settings = PROJECT / "notebooks" / "ruff.toml"
     answers = ["--extend-ignore", "F401"] if path.parent.name == "student" else []  # imports may wait for an answer
