@@ -7,7 +7,7 @@
     exercises.check_sign("a")  # answers it
 
 A check of code runs the answer on random tensors, compares it with the book's definition, and recognises the
-usual mistakes. Each check prints one line that begins with "Right" or "Not yet"; it never shows the solution.
+usual mistakes. Each check prints a sentence that begins with "Right" or "Not yet"; it never shows the solution.
 One file a chapter; what they share is in `checking.py`.
 """
 

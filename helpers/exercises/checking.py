@@ -1,5 +1,6 @@
 """What the checks of all chapters share: comparing an answer, asking a question, saying what came out."""
 
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,12 +9,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 BATCH, POSITIONS, WIDTH, VOCABULARY = 4, 7, 16, 11
+COLUMNS = 66
+"""What a page of the book shows of a printed line without scrolling."""
 
 
 def check_choice(choice: str | None, question: str, right: str, replies: Mapping[str, str]) -> None:
     """Ask a multiple-choice question (choice None), or say what speaks for or against the letter chosen."""
     if choice is None:
-        print(question)
+        for line in question.splitlines():
+            print(textwrap.fill(line, COLUMNS, subsequent_indent="   " if line[1:2] == ")" else ""))
         return
     answer = choice.strip().lower().rstrip(").")
     if answer not in replies:
@@ -88,10 +92,10 @@ def random_response_mask(random: torch.Generator) -> Bool[Tensor, "batch pos"]:
 
 
 def say_right(text: str) -> None:
-    """One line for an answer that is right."""
-    print(f"Right: {text}")
+    """For an answer that is right: what it is, in the book's words."""
+    print(textwrap.fill(f"Right: {text}", COLUMNS))
 
 
 def say_not_yet(text: str) -> None:
-    """One line for an answer that is not right: why, and not what would be."""
-    print(f"Not yet: {text}")
+    """For an answer that is not right: why, and not what would be."""
+    print(textwrap.fill(f"Not yet: {text}", COLUMNS))

@@ -91,7 +91,9 @@ def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exer
     assert "Not yet" not in printed
     (expected,) = exercise.cells["expected"]
     (block,) = re.findall(r"```text\n(.*?)```", expected.source, flags=re.DOTALL)
-    assert doctest.OutputChecker().check_output(block, printed, doctest.ELLIPSIS), printed
+    assert doctest.OutputChecker().check_output(block, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE), (
+        printed
+    )
 
 
 @of_each_exercise

@@ -312,7 +312,7 @@ def test_a_right_answer_is_right(check, answer, capsys):
 )
 def test_a_wrong_answer_is_told_why(check, answer, why, capsys):
     check(answer)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("Not yet: ") and why in said
 
 
@@ -350,10 +350,10 @@ def test_a_question_is_asked_without_giving_the_answer(ask, capsys):
     ask()
     said = capsys.readouterr().out
     asked, options = said.split("\n\n")
-    assert asked.endswith(("?", "."))
-    assert [line[:3] for line in options.splitlines()] == ["a) ", "b) ", "c) ", "d) "]
+    assert asked[-1] in "?."
+    assert [line[:3] for line in options.splitlines() if line[0] != " "] == ["a) ", "b) ", "c) ", "d) "]
     assert "Right" not in said
-    assert max(len(line) for line in said.splitlines()) <= 110
+    assert max(len(line) for line in said.splitlines()) <= 66
 
 
 @pytest.mark.parametrize("ask", QUESTIONS, ids=lambda ask: ask.__name__)
