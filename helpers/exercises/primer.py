@@ -129,12 +129,13 @@ def check_turning_point(
     )
 
 
-FIVE_SEEDS_QUESTION = """The difference is 12 points, its 95% interval over five seeds [1, 23].
-What do you write?
-  a) The effect is certain, since the interval excludes zero.
-  b) There is probably an effect, but the interval is narrower than it claims and nearly reaches zero: run more seeds.
-  c) There is no effect, since intervals over five seeds are worthless.
-  d) The same as a, once more sequences per seed have been measured."""
+FIVE_SEEDS_QUESTION = """\
+The difference is 12 points, its 95% interval over five seeds [1, 23]. What do you write?
+
+a) The effect is certain, since the interval excludes zero.
+b) There is probably an effect, but the interval is narrower than it claims and nearly reaches zero: run more seeds.
+c) There is no effect, since intervals over five seeds are worthless.
+d) The same as a, once more sequences per seed have been measured."""
 
 
 def check_five_seeds(choice: str | None = None) -> None:
@@ -152,12 +153,14 @@ def check_five_seeds(choice: str | None = None) -> None:
     )
 
 
-HIGH_SCORE_QUESTION = """Steered hard, the answers score 99 for the trait.
-What do you do before you write that the model has the trait?
-  a) Nothing: the judge's AUROC on held-out answers is close to 1.
-  b) Fit the judge again, until it gives a lower score.
-  c) Read the answers, look at their repetition rate, and score those of a random vector of equal length.
-  d) Take more questions, so that the interval gets narrower."""
+HIGH_SCORE_QUESTION = """\
+Steered hard, the answers score 99 for the trait. What do you do before you write that the model has
+the trait?
+
+a) Nothing: the judge's AUROC on held-out answers is close to 1.
+b) Fit the judge again, until it gives a lower score.
+c) Read the answers, look at their repetition rate, and score those of a random vector of equal length.
+d) Take more questions, so that the interval gets narrower."""
 
 
 def check_high_score(choice: str | None = None) -> None:
@@ -175,12 +178,13 @@ def check_high_score(choice: str | None = None) -> None:
     )
 
 
-NOT_REPRODUCED_QUESTION = """A claim comes out as "not reproduced" on 32 sequences.
-What do you know now?
-  a) Zero effect and a small effect would both give this; the interval says how large an effect is still possible.
-  b) There is no effect in this model.
-  c) The paper is wrong.
-  d) The effect is there, but smaller than the threshold."""
+NOT_REPRODUCED_QUESTION = """\
+A claim comes out as "not reproduced" on 32 sequences. What do you know now?
+
+a) Zero effect and a small effect would both give this; the interval says how large an effect is still possible.
+b) There is no effect in this model.
+c) The paper is wrong.
+d) The effect is there, but smaller than the threshold."""
 
 
 def check_not_reproduced(choice: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """What publishes the book: workflows, licences, versions, and a launch button only where it leads somewhere."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -116,6 +117,7 @@ def test_a_chapter_has_a_colab_button_if_and_only_if_the_repository_has_an_addre
     settings["sphinx"]["config"].pop("bibtex_reference_style")
     (tmp_path / "_config.yml").write_text(yaml.safe_dump(settings))
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/01_small\n")
+    shutil.copytree(PROJECT / "book" / "_static", tmp_path / "book" / "_static")
     (tmp_path / "notebooks").mkdir()
     cells = [nbformat.v4.new_markdown_cell("# Small"), nbformat.v4.new_code_cell("1 + 1")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
