@@ -121,7 +121,7 @@ def tokens(
                 value = float(arrays[i][j])
                 sign = "plus" if value > 0 else "minus" if value < 0 else "none"
                 all_values = ", ".join(f"{name} {array[i][j]:+.3f}" for name, array in values.items())
-                note = f"{token.strip() or repr(token)}: {what} {all_values}"
+                note = f'"{token}" {what} {all_values}'
                 spans.append(
                     f'<span class="token note {sign}" tabindex="0" style="--size:{0.6 * abs(value) / largest:.2f}">'
                     f"{escape(token)}<b>{escape(note)}</b></span>"

@@ -36,9 +36,9 @@ FACTS = """() => {
   const scrolls = node => node && node !== main &&
     (["auto", "scroll", "hidden"].includes(getComputedStyle(node).overflowX) || scrolls(node.parentElement));
   const sticksOut = node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement);
-  const wide = all("*").filter(sticksOut);
+  const wide = all("article *").filter(sticksOut);
   const prose = main.cloneNode(true);
-  all("pre, code, script, style, svg, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
+  all("pre, code, script, style, .closer, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
   return {
     folds,
     scrollWidth: document.documentElement.scrollWidth,
