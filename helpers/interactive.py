@@ -39,6 +39,8 @@ _STYLE = """
 .closer .note b {display: none; position: absolute; left: 0; right: 0; top: 100%; max-height: 7.4em; overflow: auto;
   line-height: 1.3; font-weight: normal; font-size: .9em; pointer-events: none; white-space: normal}
 .closer .note:hover b, .closer .note:focus b {display: block}
+.closer u {position: absolute; left: 0; top: 100%; line-height: 1.3; font-size: .9em; text-decoration: none; opacity: .8}
+.closer .box:has(.note:hover, .note:focus) u {display: none}
 .closer .box:has(.note:hover) .note:focus:not(:hover) b {display: none}
 .closer .token {padding: 2px 0; white-space: pre-wrap; border: solid transparent; border-width: 3px 0; line-height: 2.1}
 .closer .plus {background: rgb(0 114 178 / var(--size)); border-top-color: #0072B2}
@@ -47,6 +49,8 @@ _STYLE = """
 .closer dd {margin: 0 0 .5em}
 @media print {.closer {display: none}}
 """
+
+_HINT = "<u>Point at a mark, touch it, or step through them with the Tab key.</u>"
 
 
 def chart(figure: Figure, summary: str, notes: Sequence[Mapping[str, Sequence[str]]]) -> HTML:
@@ -95,7 +99,7 @@ def chart(figure: Figure, summary: str, notes: Sequence[Mapping[str, Sequence[st
     )
     return _fold(
         summary,
-        f'<div class="box white"><div>{boxes}</div><div class="chart">{svg}{"".join(points_html)}</div></div>',
+        f'<div class="box white"><div>{boxes}</div><div class="chart">{svg}{_HINT}{"".join(points_html)}</div></div>',
         switches,
     )
 
@@ -127,7 +131,7 @@ def tokens(
                     f"{escape(token)}<b>{escape(note)}</b></span>"
                 )
             strips.append(f"<dt>{escape(label)}</dt><dd>{''.join(spans)}</dd>")
-        blocks.append(f'<div class="box strips"><dl>{"".join(strips)}</dl></div>')
+        blocks.append(f'<div class="box strips"><dl>{"".join(strips)}{_HINT}</dl></div>')
     return _fold(summary, "".join(blocks))
 
 

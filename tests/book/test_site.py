@@ -164,7 +164,7 @@ def test_a_page_opens_with_its_heading_and_nothing_unresolved(seen, name):
 def test_a_page_shows_no_raw_markup(seen, name):
     """Outside code, where such signs are meant."""
     prose = seen(name, DESKTOP)["prose"]
-    assert re.findall(r".{0,30}(?:\*\*|\$[^$\n]+\$|:::|\{\w+\}`|</?\w+>|<details|\\begin\{).{0,30}", prose) == []
+    assert re.findall(r".{0,30}(?:\*\*|\$[^$\n]+\$|:::|\{\w+\}`|</?\w+>|<details|\.\./|\\begin\{).{0,30}", prose) == []
 
 
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
