@@ -31,7 +31,8 @@ _STYLE = """
 .closer .strips {padding-bottom: 3em}
 .closer .white {background: #fff; color: #222}
 .closer label {display: inline-block; margin-right: 1.2em; cursor: pointer}
-.closer .chart, .closer dl {position: relative; margin: 0}
+.closer .chart, .closer .strip {position: relative}
+.closer dl {margin: 0}
 .closer .chart {line-height: 0}
 .closer .chart svg {width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt}
 .closer i {position: absolute; width: 14px; height: 14px; margin: -7px; border-radius: 7px}
@@ -39,8 +40,8 @@ _STYLE = """
 .closer .note b {display: none; position: absolute; left: 0; right: 0; top: 100%; max-height: 7.4em; overflow: auto;
   line-height: 1.3; font-weight: normal; font-size: .9em; pointer-events: none; white-space: normal}
 .closer .note:hover b, .closer .note:focus b {display: block}
-.closer u {position: absolute; left: 0; top: 100%; line-height: 1.3; font-size: .9em; text-decoration: none; opacity: .8}
-.closer .box:has(.note:hover, .note:focus) u {display: none}
+.closer .hint {position: absolute; left: 0; top: 100%; margin: 0; line-height: 1.3; font-size: .9em; font-style: italic}
+.closer .box:has(.note:hover, .note:focus) .hint {display: none}
 .closer .box:has(.note:hover) .note:focus:not(:hover) b {display: none}
 .closer .token {padding: 2px 0; white-space: pre-wrap; border: solid transparent; border-width: 3px 0; line-height: 2.1}
 .closer .plus {background: rgb(0 114 178 / var(--size)); border-top-color: #0072B2}
@@ -50,7 +51,7 @@ _STYLE = """
 @media print {.closer {display: none}}
 """
 
-_HINT = "<u>Point at a mark, touch it, or step through them with the Tab key.</u>"
+_HINT = '<p class="hint">Point at a mark, touch it, or step from one to the next with the Tab key.</p>'
 
 
 def chart(figure: Figure, summary: str, notes: Sequence[Mapping[str, Sequence[str]]]) -> HTML:
@@ -131,7 +132,7 @@ def tokens(
                     f"{escape(token)}<b>{escape(note)}</b></span>"
                 )
             strips.append(f"<dt>{escape(label)}</dt><dd>{''.join(spans)}</dd>")
-        blocks.append(f'<div class="box strips"><dl>{"".join(strips)}{_HINT}</dl></div>')
+        blocks.append(f'<div class="box strips"><div class="strip"><dl>{"".join(strips)}</dl>{_HINT}</div></div>')
     return _fold(summary, "".join(blocks))
 
 
