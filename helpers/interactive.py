@@ -31,7 +31,8 @@ _STYLE = """
 .closer .strips {padding-bottom: 3em}
 .closer .white {background: #fff; color: #222}
 .closer label {display: inline-block; margin-right: 1.2em; cursor: pointer}
-.closer .chart, .closer dl {position: relative; margin: 0}
+.closer .chart, .closer .strip {position: relative}
+.closer dl {margin: 0}
 .closer .chart {line-height: 0}
 .closer .chart svg {width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt}
 .closer i {position: absolute; width: 14px; height: 14px; margin: -7px; border-radius: 7px}
@@ -39,6 +40,8 @@ _STYLE = """
 .closer .note b {display: none; position: absolute; left: 0; right: 0; top: 100%; max-height: 7.4em; overflow: auto;
   line-height: 1.3; font-weight: normal; font-size: .9em; pointer-events: none; white-space: normal}
 .closer .note:hover b, .closer .note:focus b {display: block}
+.closer .hint {position: absolute; left: 0; top: 100%; margin: 0; line-height: 1.3; font-size: .9em; font-style: italic}
+.closer .box:has(.note:hover, .note:focus) .hint {display: none}
 .closer .box:has(.note:hover) .note:focus:not(:hover) b {display: none}
 .closer .token {padding: 2px 0; white-space: pre-wrap; border: solid transparent; border-width: 3px 0; line-height: 2.1}
 .closer .plus {background: rgb(0 114 178 / var(--size)); border-top-color: #0072B2}
@@ -47,6 +50,8 @@ _STYLE = """
 .closer dd {margin: 0 0 .5em}
 @media print {.closer {display: none}}
 """
+
+_HINT = '<p class="hint">Point at a mark, touch it, or step from one to the next with the Tab key.</p>'
 
 
 def chart(figure: Figure, summary: str, notes: Sequence[Mapping[str, Sequence[str]]]) -> HTML:
@@ -95,7 +100,7 @@ def chart(figure: Figure, summary: str, notes: Sequence[Mapping[str, Sequence[st
     )
     return _fold(
         summary,
-        f'<div class="box white"><div>{boxes}</div><div class="chart">{svg}{"".join(points_html)}</div></div>',
+        f'<div class="box white"><div>{boxes}</div><div class="chart">{svg}{_HINT}{"".join(points_html)}</div></div>',
         switches,
     )
 
@@ -121,13 +126,13 @@ def tokens(
                 value = float(arrays[i][j])
                 sign = "plus" if value > 0 else "minus" if value < 0 else "none"
                 all_values = ", ".join(f"{name} {array[i][j]:+.3f}" for name, array in values.items())
-                note = f"{token.strip() or repr(token)}: {what} {all_values}"
+                note = f'"{token}" {what} {all_values}'
                 spans.append(
                     f'<span class="token note {sign}" tabindex="0" style="--size:{0.6 * abs(value) / largest:.2f}">'
                     f"{escape(token)}<b>{escape(note)}</b></span>"
                 )
             strips.append(f"<dt>{escape(label)}</dt><dd>{''.join(spans)}</dd>")
-        blocks.append(f'<div class="box strips"><dl>{"".join(strips)}</dl></div>')
+        blocks.append(f'<div class="box strips"><div class="strip"><dl>{"".join(strips)}</dl>{_HINT}</div></div>')
     return _fold(summary, "".join(blocks))
 
 
@@ -142,7 +147,7 @@ def _swatch(label: str, artist: Line2D | PathCollection) -> str:
     if isinstance(artist, Line2D):
         colour, marker = to_hex(artist.get_color()), str(artist.get_marker())
     else:
-        colour, marker = to_hex(artist.get_facecolor()[0]), look(label).marker
+        colour, marker = to_hex(np.atleast_2d(artist.get_facecolor())[0].tolist()), look(label).marker
     return f'<span style="color:{colour}">{_GLYPHS[marker]}</span>'
 
 

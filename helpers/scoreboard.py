@@ -33,7 +33,7 @@ def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references:
         here = [claim for claim in claims.values() if claim.chapter == chapter]
         shown = [(f"this book: {_place(run)}", run) for run in [runs.get(chapter)] if run]
         shown += [(f"reference: {_place(run)}", run) for run in [references.get(chapter)] if run]
-        text.append(f"## {{doc}}`../notebooks/{chapter}`")
+        text += [f"## {_number(chapter)}", f"{{doc}}`../notebooks/{chapter}`"]
         rows = [[claim.statement, *(_verdict(run, claim) for _, run in shown)] for claim in here]
         text.append(markdown_table(["claim", *(label for label, _ in shown)], rows))
         for label, run in shown:
@@ -76,8 +76,13 @@ def status(runs: Mapping[str, Run], references: Mapping[str, Run], notebooks: Ma
     ]
     for heading, recorded in (("This book", runs), ("Reference runs", references)):
         for chapter, run in recorded.items():
-            text += [f"## {heading}: {{doc}}`../notebooks/{chapter}`", _conditions(run)]
+            text += [f"## {heading}: {_number(chapter).lower()}", f"{{doc}}`../notebooks/{chapter}`", _conditions(run)]
     return "\n\n".join(text) + "\n"
+
+
+def _number(chapter: str) -> str:
+    """What a heading calls a chapter; a link to it would show its path in the page's contents."""
+    return f"Chapter {int(chapter.split('_')[0])}"
 
 
 def _conditions(run: Run) -> str:

@@ -115,6 +115,7 @@ def test_a_chapter_has_a_colab_button_if_and_only_if_the_repository_has_an_addre
     settings["repository"]["url"] = address
     settings.pop("bibtex_bibfiles")
     settings["sphinx"]["config"].pop("bibtex_reference_style")
+    settings["sphinx"]["config"]["extensions"].remove("sphinxcontrib.bibtex")
     (tmp_path / "_config.yml").write_text(yaml.safe_dump(settings))
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: notebooks/01_small\n")
     shutil.copytree(PROJECT / "book" / "_static", tmp_path / "book" / "_static")

@@ -36,9 +36,9 @@ FACTS = """() => {
   const scrolls = node => node && node !== main &&
     (["auto", "scroll", "hidden"].includes(getComputedStyle(node).overflowX) || scrolls(node.parentElement));
   const sticksOut = node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement);
-  const wide = all("*").filter(sticksOut);
+  const wide = all("article *").filter(sticksOut);
   const prose = main.cloneNode(true);
-  all("pre, code, script, style, svg, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
+  all("pre, code, script, style, .closer, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
   return {
     folds,
     scrollWidth: document.documentElement.scrollWidth,
@@ -164,7 +164,7 @@ def test_a_page_opens_with_its_heading_and_nothing_unresolved(seen, name):
 def test_a_page_shows_no_raw_markup(seen, name):
     """Outside code, where such signs are meant."""
     prose = seen(name, DESKTOP)["prose"]
-    assert re.findall(r".{0,30}(?:\*\*|\$[^$\n]+\$|:::|\{\w+\}`|</?\w+>|<details|\\begin\{).{0,30}", prose) == []
+    assert re.findall(r".{0,30}(?:\*\*|\$[^$\n]+\$|:::|\{\w+\}`|</?\w+>|<details|\.\./|\\begin\{).{0,30}", prose) == []
 
 
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])

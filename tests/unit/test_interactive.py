@@ -93,7 +93,7 @@ def test_a_token_shows_its_sign_its_size_and_the_values_of_all_conditions():
     assert [span.text for span in spans] == ["<A", " b", " c"] * 2
     assert [span.get("class").split()[-1] for span in spans] == ["minus", "none", "plus", "plus", "plus", "plus"]
     assert [span.get("style") for span in spans[:4]] == ["--size:0.30", "--size:0.00", "--size:0.15", "--size:0.60"]
-    assert spans[0].find("b").text == "<A: cosine undefended -0.200, PPS +0.400"
+    assert spans[0].find("b").text == '"<A" cosine undefended -0.200, PPS +0.400'
 
 
 def test_a_token_without_a_value_is_refused():
