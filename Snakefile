@@ -109,7 +109,8 @@ rule execute:
             for name, value in given(wildcards.chapter).items()
         ),
         results=f"{TREE}/notebooks/{{chapter}}",
-    threads: workflow.cores  # Snakemake would set OMP_NUM_THREADS to 1
+    # Snakemake sets OMP_NUM_THREADS to this; a tiny model is done sooner beside another than on all cores
+    threads: 1 if PRESET == "tiny" else workflow.cores
     shell:
         "rm -rf {params.results} && "
         "python -m helpers execute {input.notebook} --output {output.notebook} "

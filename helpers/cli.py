@@ -82,6 +82,8 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
     import nbformat
     import papermill
 
+    # a widget that shows the progress of loading a model would stay on the page, which would then ask for the network
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
     # Paths in the executed notebook count from the project's folder: it says nothing of this machine.

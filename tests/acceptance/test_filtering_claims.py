@@ -11,7 +11,7 @@ from helpers.methods.gradient_filtering import guess_threshold
 from helpers.params import FilteringParams
 from helpers.statistics import auroc, rank_correlation
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 
 
 @pytest.fixture(scope="module")

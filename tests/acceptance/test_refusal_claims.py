@@ -14,7 +14,7 @@ from helpers.judges import is_refusal
 from helpers.methods.refusal_attack import SUPPRESSED
 from helpers.params import RefusalParams
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ FACTS = """() => {
   const sticksOut = node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement);
   const wide = all("article *").filter(sticksOut);
   const prose = main.cloneNode(true);
-  all("pre, code, script, style, .closer, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
+  all("pre, code, .sig, script, style, .closer, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
   return {
     folds,
     scrollWidth: document.documentElement.scrollWidth,
@@ -122,7 +122,7 @@ def seen(site, browser):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((site / f"{name}.html").as_uri(), wait_until="load")
         if page.locator("main .math").count():
-            page.wait_for_selector("mjx-container", timeout=10_000)
+            page.wait_for_selector("mjx-container", state="attached", timeout=10_000)
         facts = page.evaluate(FACTS)
         context.close()
         return {**facts, "errors": errors}
