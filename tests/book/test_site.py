@@ -38,7 +38,8 @@ FACTS = """() => {
   const sticksOut = node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement);
   const wide = all("article *").filter(sticksOut);
   const prose = main.cloneNode(true);
-  all("pre, code, .sig, script, style, .closer, .math, mjx-container, .headerlink", prose).forEach(node => node.remove());
+  const written = "pre, code, .sig, script, style, .closer, .math, mjx-container, .headerlink";
+  all(written, prose).forEach(node => node.remove());
   return {
     folds,
     scrollWidth: document.documentElement.scrollWidth,
