@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from helpers.chat import Example, batches, shared_start
-from helpers.interventions import Ablate, Intervention, applied
-from helpers.models import Model, repeated
+from helpers.interventions import Intervention, alike, applied
+from helpers.models import Model, chosen_rows
 
 
 @torch.inference_mode()
@@ -27,11 +27,13 @@ def generate(
     """One answer per prompt, in the order given; greedy at temperature 0.
 
     Weights are held in the model's compute precision while decoding, where reading them is most of the cost. What all
-    prompts begin with (a system message) is read once, unless an intervention has to know its positions.
+    prompts begin with (a system message) is read once for all that are treated alike, unless an intervention has to
+    know its positions.
     """
     answers = [""] * len(prompts)
     interventions = tuple(interventions)
-    shared = shared_start(prompts) if all(isinstance(i, Ablate) for i in interventions) else 0
+    kinds = alike(interventions, len(prompts))
+    shared = shared_start(prompts) if kinds is not None else 0
     rest = [Example(e.ids[shared:], e.prompt_length - shared) for e in prompts]
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -42,17 +44,19 @@ def generate(
     # The prompt's last position is a strided view of the stream, for which torch copies the whole output matrix once a
     # sequence: gigabytes, and a quarter of the time.
     packed = model.hf.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-    with packed, applied(model, *interventions), model.weights_in(model.dtype), model.autocast():
+    with packed, applied(model, *interventions), model.weights_in(model.dtype):
         todo = batches(rest, batch_size, model.tokenizer.pad_token_id, side="left")
-        start = model.read_start(prompts[0].ids[:shared]) if shared else None
+        start = None
+        if kinds is not None and shared:
+            start = model.read_start(prompts[0].ids[:shared], [kinds.index(kind) for kind in range(max(kinds) + 1)])
         for batch in tqdm(todo, desc=label, leave=False, unit="batch", disable=len(todo) < 2):
             batch = batch.to(model.device)
             ids, mask = batch.ids, batch.attention.long()
             cache = {}
-            if start is not None:  # [start, padding, rest]: positions count what the mask keeps
+            if kinds is not None and start is not None:  # [start, padding, rest]: positions count what the mask keeps
                 first = torch.tensor(prompts[0].ids[:shared], device=model.device).expand(len(ids), -1)
                 ids, mask = torch.cat([first, ids], 1), torch.nn.functional.pad(mask, (shared, 0), value=1)
-                cache = {"past_key_values": repeated(start, len(batch.rows))}
+                cache = {"past_key_values": chosen_rows(start, [kinds[row] for row in batch.rows])}
             with model.reading(batch):
                 out = model.hf.generate(
                     input_ids=ids,

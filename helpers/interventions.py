@@ -10,7 +10,7 @@ code calls the same place `hidden_states[l + 1]`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -113,8 +113,7 @@ class Ablate:
             raise ValueError(
                 f"Directions have shape {tuple(self.directions.shape)}; {model.name} needs (k, {model.width})."
             )
-        left, size, _ = torch.linalg.svd(self.directions.float().T.to(model.device), full_matrices=False)
-        basis = left[:, size > 1e-5 * size.max()]  # (d_model, rank): directions may depend on each other
+        basis = _basis(self.directions, model)
 
         def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
             d = basis.to(a.dtype)
@@ -123,8 +122,62 @@ class Ablate:
         layers = range(model.layers) if self.layers is None else self.layers
         for layer in layers:
             resid_post(model, layer)  # says so if the layer does not exist
-        sites = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
-        return [(f"blocks.{layer}.{site}", project) for layer in layers for site in sites]
+        return [(f"blocks.{layer}.{site}", project) for layer in layers for site in READ_AND_WRITTEN]
+
+
+READ_AND_WRITTEN = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+"""A block's input, and what its two parts add to the stream."""
+
+
+@dataclass(frozen=True)
+class AblateRows:
+    """`Ablate` with directions of its own for every sequence: row i of a batch loses `bases[of[batch.rows[i]]]`.
+
+    Many ablated models are read in one pass. A basis of no rows leaves a sequence as it is.
+    """
+
+    bases: tuple[Float[Tensor, "_ d_model"], ...]
+    of: tuple[int, ...]
+
+    def hooks(self, model: Model) -> list[Hook]:
+        for directions in self.bases:
+            if directions.ndim != 2 or directions.shape[1] != model.width:
+                raise ValueError(
+                    f"Directions have shape {tuple(directions.shape)}; {model.name} needs (k, {model.width})."
+                )
+        parts = [_basis(directions, model) for directions in self.bases]
+        together = torch.cat(parts, 1)
+        owner = torch.tensor([i for i, part in enumerate(parts) for _ in range(part.shape[1])], device=model.device)
+
+        def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+            assert model.current is not None, "rows are told apart by the batch that is read"
+            d, of = together.to(a.dtype), torch.tensor([self.of[row] for row in model.current.rows], device=a.device)
+            return a - ((a @ d) * (owner == of[:, None])[:, None]) @ d.T
+
+        return [(f"blocks.{layer}.{site}", project) for layer in range(model.layers) for site in READ_AND_WRITTEN]
+
+
+def _basis(directions: Float[Tensor, "k d_model"], model: Model) -> Float[Tensor, "d_model rank"]:
+    """Orthonormal columns with the span of directions that may depend on each other."""
+    if not len(directions):
+        return torch.zeros(model.width, 0, device=model.device)
+    left, size, _ = torch.linalg.svd(directions.float().T.to(model.device), full_matrices=False)
+    return left[:, size > 1e-5 * size.max()]
+
+
+def alike(interventions: Iterable[Intervention], count: int) -> list[int] | None:
+    """A number for each of `count` rows, the same for rows in which the same is done at every position.
+
+    None if what is done depends on positions, so that a beginning cannot be read before the rest of a sequence.
+    """
+    keys: list[tuple[int, ...]] = [()] * count
+    for intervention in interventions:
+        if isinstance(intervention, AblateRows):
+            keys = [(*key, of) for key, of in zip(keys, intervention.of, strict=True)]
+        elif not isinstance(intervention, Ablate):
+            return None
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
 
 
 EditMode = Literal["neutralise", "attenuate", "amplify"]

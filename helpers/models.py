@@ -130,10 +130,15 @@ class Model:
         finally:
             stack.layers, stack.norm = layers, norm
 
-    def read_start(self, ids: Sequence[int]) -> Any:
-        """The key-value cache of one row after these tokens: what many prompts begin with is read once."""
-        tokens = torch.tensor([list(ids)], device=self.device)
-        return self.hf.base_model(input_ids=tokens, use_cache=True).past_key_values
+    def read_start(self, ids: Sequence[int], rows: Sequence[int] = (0,)) -> Any:
+        """The key-value cache after these tokens: what many prompts begin with is read once.
+
+        Or once for each of `rows`, where an intervention does something else to each.
+        """
+        tokens = torch.tensor([list(ids)] * len(rows), device=self.device)
+        attended = torch.ones_like(tokens, dtype=torch.bool)
+        with self.reading(Batch(tokens, attended, ~attended, tuple(rows))):
+            return self.hf.base_model(input_ids=tokens, use_cache=True).past_key_values
 
     def reads_none_of(self, where: Where, length: int) -> bool:
         """Whether the pass now running is a decoding step and `where` is in the prompt: nothing is to be done."""
@@ -159,13 +164,10 @@ class Model:
         With `only_frozen_linear` only weights that autocast would cast on every pass are cast, once: frozen matrices of
         linear layers that are not shared with the embedding. Results are those of autocast, bit for bit.
         """
-        linear = {id(m.weight) for m in self.hf.modules() if isinstance(m, nn.Linear)}
-        embedding = {id(m.weight) for m in self.hf.modules() if isinstance(m, nn.Embedding)}
-        chosen = [
-            p
-            for p in {id(p): p for p in self.hf.parameters()}.values()
-            if not only_frozen_linear or (not p.requires_grad and id(p) in linear - embedding)
-        ]
+        chosen: list[Tensor] = list(_frozen_linear(self.hf))
+        if not only_frozen_linear:
+            linear = [m for m in self.hf.modules() if isinstance(m, nn.Linear)]
+            chosen = [*self.hf.parameters(), *(b for m in linear for b in m.buffers(recurse=False))]
         kept = [p.data for p in chosen]
         try:
             for p in chosen:
@@ -220,8 +222,9 @@ def load(
 
     `finetuned` are the `trained_tensors` of earlier runs, applied in order (LoRA factors are merged into the weights).
     `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless the model is
-    `frozen`: then its weights may be shared with other loads, which saves their memory. `layer`, if given, is
-    checked against the model's configuration before any weight is read.
+    `frozen`: then its weights may be shared with other loads, which saves their memory, and those that every pass would
+    cast to the compute precision are held in it. `layer`, if given, is checked against the model's configuration before
+    any weight is read.
 
     Raises `ValueError` for an unknown model, a layer it does not have, or tensors that do not fit it.
     """
@@ -234,16 +237,18 @@ def load(
         digest = _digest([digest, *(f"{k}:{_bytes(v)}" for k, v in sorted(tensors.items()))])
     if lora is not None:
         hf = _attach(hf, lora)
-    hf = hf.to(where).eval()
+    hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
     if frozen:
         hf.requires_grad_(False)
+        for p in _frozen_linear(hf):
+            p.data = p.data.to(precision)
     from transformer_lens.model_bridge import TransformerBridge
 
     inner = hf.base_model.model if lora is not None else hf
     bridge = TransformerBridge.boot_transformers(
         inner.config._name_or_path or name, hf_model=inner, tokenizer=tokenizer
     )
-    return Model(name, digest, bridge, inner, tokenizer, where, compute_dtype(where, dtype))
+    return Model(name, digest, bridge, inner, tokenizer, where, precision)
 
 
 def plain_model(name: str) -> tuple[Any, Any]:
@@ -302,6 +307,13 @@ def _differentiable(hf: Any) -> Any:
     """
     hf.get_input_embeddings().padding_idx = None
     return hf
+
+
+def _frozen_linear(hf: Any) -> list[nn.Parameter]:
+    """Frozen matrices of linear layers that are not shared with the embedding: what autocast casts on every pass."""
+    linear = {id(m.weight) for m in hf.modules() if isinstance(m, nn.Linear)}
+    embedding = {id(m.weight) for m in hf.modules() if isinstance(m, nn.Embedding)}
+    return [p for p in hf.parameters() if not p.requires_grad and id(p) in linear - embedding]
 
 
 def _check_layer(name: str, layer: int | None, layers: int) -> None:

@@ -23,13 +23,13 @@ from helpers.artifacts import default_store
 from helpers.chat import Example, encode
 from helpers.experiments.alignment import Recipe, align
 from helpers.generation import generate
+from helpers.interventions import AblateRows, Intervention
 from helpers.judges import is_refusal
 from helpers.losses import evaluate_losses
 from helpers.methods.refusal_attack import (
     AttackSettings,
     PromptSet,
     Screening,
-    ablating,
     attacked_layers,
     candidate_directions,
     coherent,
@@ -197,14 +197,12 @@ class RefusalExperiment:
         )
         return list(artifact.facts["answers"])
 
-    def _said(
-        self, model: Model, requests: Sequence[str], directions: Float[Tensor, "k d_model"] | None = None
-    ) -> list[str]:
+    def _said(self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()) -> list[str]:
         return generate(
             model,
             self.prompts(requests),
             max_new_tokens=self.params.max_new_tokens,
-            interventions=ablating(directions),
+            interventions=interventions,
             batch_size=128,
         )
 
@@ -212,7 +210,7 @@ class RefusalExperiment:
         """The test requests put to the model as it is, then without each of these sets of orthonormal directions."""
         artifact = self.store.get(
             "refusal-judged",
-            lambda: ({}, self._judge(model, [None, *bases])),
+            lambda: ({}, self._judge(model, [torch.zeros(0, model.width), *bases])),
             parameters={
                 "test": self.test,
                 "bases": [directions.tolist() for directions in bases],
@@ -227,14 +225,17 @@ class RefusalExperiment:
         oddness = {kind: np.array(rows) for kind, rows in facts["oddness"].items()}
         return Judged(facts["answers"], np.array(facts["kl"]), oddness)
 
-    def _judge(self, model: Model, bases: Sequence[Tensor | None]) -> dict[str, Any]:
-        harmless = PromptSet.of(model, self.prompts(self.test["harmless"]))
+    def _judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> dict[str, Any]:
+        harmless = self.prompts(self.test["harmless"])
         asked = [text for kind in ATTACKED for text in self.test[kind]]
-        said, first = [], []
-        for directions in tqdm(bases, desc="judging", leave=False):
-            first.append(harmless.last_logits(model, ablating(directions)).log_softmax(-1))
-            answers = iter(self._said(model, asked, directions))
-            said.append({kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED})
+
+        def each(requests: Sequence[Any]) -> AblateRows:
+            return AblateRows(tuple(bases), tuple(row for row in range(len(bases)) for _ in requests))
+
+        logits = PromptSet.of(model, harmless, copies=len(bases)).last_logits(model, (each(harmless),))
+        first = logits.log_softmax(-1).split(len(harmless))
+        answers = iter(self._said(model, asked * len(bases), (each(asked),)))
+        said = [{kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED} for _ in bases]
         divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
         examples = [example for row in said for kind in ATTACKED for example in self.examples(kind, row[kind])]
         oddness = iter(self.losses(self.base, examples).tolist())

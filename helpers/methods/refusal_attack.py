@@ -9,7 +9,7 @@ Context. Scoring every candidate costs two or three passes over all prompts each
 
 Intuition. To first order one backward pass says what the ablation of *any* direction does; a cheap exact score on a few
 prompts sorts the promising ones; only the best few are scored in full. What all prompts share at their start (the
-template's system message) is read once a candidate, not once a prompt.
+template's system message) is read once a candidate, not once a prompt, and several candidates are read in one pass.
 
 Layer l is the output of block l. The source measures there and adds at the block's input; here a difference is added
 where it was measured.
@@ -27,9 +27,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers.chat import Batch, Example, batches, shared_start
-from helpers.interventions import Ablate, Hook, Intervention, Steer, applied, resid_post
+from helpers.interventions import Ablate, AblateRows, Hook, Intervention, SteerRows, applied, resid_post
 from helpers.methods.refusal_redistribution import unembed
-from helpers.models import Model, repeated
+from helpers.models import Model, chosen_rows
 
 Scoring = Literal["screened", "exhaustive"]
 
@@ -67,21 +67,26 @@ def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...
 class PromptSet:
     """Prompts whose common beginning is read once.
 
-    The last `tail` tokens of every prompt are read on their own.
+    The last `tail` tokens of every prompt are read on their own. With `copies` every prompt is read so many times, copy
+    after copy: row c n + i is prompt i of n in copy c, by which interventions tell them apart.
     """
 
     shared: tuple[int, ...]
     rest: tuple[Batch, ...]
     count: int
+    copies: int = 1
 
     @classmethod
-    def of(cls, model: Model, prompts: Sequence[Example], *, batch_size: int = 32, tail: int = 1) -> PromptSet:
+    def of(
+        cls, model: Model, prompts: Sequence[Example], *, batch_size: int = 64, tail: int = 1, copies: int = 1
+    ) -> PromptSet:
         """Raises `ValueError` if there are no prompts."""
         if not prompts:
             raise ValueError(NO_PROMPTS)
         length = shared_start(prompts, tail)
-        rest = [Example(e.ids[length:], len(e) - length) for e in prompts]
-        return cls(prompts[0].ids[:length], tuple(batches(rest, batch_size, model.tokenizer.pad_token_id)), len(rest))
+        rest = [Example(e.ids[length:], len(e) - length) for e in prompts] * copies
+        parts = batches(rest, batch_size, model.tokenizer.pad_token_id)
+        return cls(prompts[0].ids[:length], tuple(parts), len(prompts), copies)
 
     @torch.no_grad()
     def read(
@@ -90,29 +95,36 @@ class PromptSet:
         visit: Callable[[Batch, Float[Tensor, "batch pos d_model"]], None],
         interventions: Sequence[Intervention] = (),
     ) -> None:
-        """Show `visit` each batch of what is left of the prompts, with its states after the final norm."""
+        """Show `visit` each batch of what is left of the prompts, with its states after the final norm.
+
+        Interventions see only what is left, and the common beginning once a copy.
+        """
         once = model.weights_in(model.dtype, only_frozen_linear=True)
         with once, applied(model, *interventions), model.autocast():
-            start = model.read_start(self.shared) if self.shared else None
+            firsts = [copy * self.count for copy in range(self.copies)]
+            start = model.read_start(self.shared, firsts) if self.shared else None
             for batch in self.rest:
                 batch = batch.to(model.device)
                 mask = torch.nn.functional.pad(batch.attention.long(), (len(self.shared), 0), value=1)
                 cache: dict[str, Any] = {"use_cache": False}
                 if start is not None:
-                    cache = {"past_key_values": repeated(start, len(batch.rows)), "use_cache": True}
-                visit(batch, model.hf.base_model(input_ids=batch.ids, attention_mask=mask, **cache)[0])
+                    cache = {"past_key_values": chosen_rows(start, [row // self.count for row in batch.rows])}
+                    cache["use_cache"] = True
+                with model.reading(batch):
+                    hidden = model.hf.base_model(input_ids=batch.ids, attention_mask=mask, **cache)[0]
+                visit(batch, hidden)
 
     def last_logits(
         self, model: Model, interventions: Sequence[Intervention] = ()
     ) -> Float[Tensor, "example vocabulary"]:
-        """Next-token logits after each prompt, in the order given."""
+        """Next-token logits after each prompt, in the order given, copy after copy."""
         found: dict[int, Tensor] = {}
 
         def visit(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> None:
             found.update(zip(batch.rows, unembed(model, _last(batch, hidden)), strict=True))
 
         self.read(model, visit, interventions)
-        return torch.stack([found[row] for row in range(self.count)])
+        return torch.stack([found[row] for row in range(self.count * self.copies)])
 
 
 def _last(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:
@@ -135,7 +147,7 @@ def prompt_states(
     positions: Sequence[int] = POSITIONS,
     ablated: Float[Tensor, "k d_model"] | None = None,
     *,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> Float[Tensor, "prompt layer position d_model"]:
     """Block outputs at the last positions of each prompt (-1 is its last token), on the CPU, with `ablated` projected
     out. Raises `ValueError` for a layer or position that does not exist, or if there are no prompts.
@@ -172,17 +184,16 @@ def candidate_directions(
     positions: Sequence[int] = POSITIONS,
     ablated: Float[Tensor, "k d_model"] | None = None,
     *,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> Float[Tensor, "layer position d_model"]:
     """Mean block output of harmful prompts minus that of harmless ones, raw, with `ablated` projected out.
 
     Raises as `prompt_states`.
     """
-    means = [
-        prompt_states(model, prompts, layers, positions, ablated, batch_size=batch_size).double().mean(0)
-        for prompts in (harmful, harmless)
-    ]
-    return (means[0] - means[1]).float()
+    if not harmful or not harmless:
+        raise ValueError(NO_PROMPTS)
+    states = prompt_states(model, [*harmful, *harmless], layers, positions, ablated, batch_size=batch_size).double()
+    return (states[: len(harmful)].mean(0) - states[len(harmful) :].mean(0)).float()
 
 
 @dataclass(frozen=True)
@@ -233,9 +244,12 @@ class Scores:
         """No candidate scored yet."""
         return cls(*(torch.full((layers, positions), float("nan"), dtype=torch.float64) for _ in range(3)))
 
-    def put(self, place: tuple[int, int], found: tuple[float, float, float]) -> None:
-        for values, value in zip((self.log_odds, self.kl, self.induce), found, strict=True):
-            values[place] = value
+    def put(self, places: Sequence[tuple[int, int]], found: Sequence[tuple[float, float, float]]) -> Scores:
+        """Note what was found at these places, and give the scores back."""
+        for place, triple in zip(places, found, strict=True):
+            for values, value in zip((self.log_odds, self.kl, self.induce), triple, strict=True):
+                values[place] = value
+        return self
 
 
 @dataclass(frozen=True)
@@ -275,28 +289,61 @@ class _Scorer:
     ) -> None:
         if not harmful or not harmless:
             raise ValueError(NO_PROMPTS)
-        self.model, self.refusal_ids, self.harmful = model, refusal_ids, len(harmful)
+        self.model, self.refusal_ids = model, refusal_ids
+        self.harmful, self.harmless, self.batch_size = list(harmful), list(harmless), batch_size
         self.ablated = torch.zeros(0, model.width) if ablated is None else ablated.float().cpu()
-        self.both = PromptSet.of(model, [*harmful, *harmless], batch_size=batch_size)
-        self.harmless = PromptSet.of(model, harmless, batch_size=batch_size)
-        self.before = self.harmless.last_logits(model, ablating(self.ablated)).log_softmax(-1)
+        reads = PromptSet.of(model, harmless, batch_size=batch_size)
+        self.before = reads.last_logits(model, ablating(self.ablated)).log_softmax(-1)
+
+    def score(
+        self, candidates: Sequence[tuple[int, Float[Tensor, " d_model"]]], up_to: float = float("inf")
+    ) -> list[tuple[float, float, float]]:
+        """Log-odds, KL and induce of each (layer, raw difference).
+
+        The last is NaN where the KL exceeds `up_to`, since it decides nothing there.
+        """
+        count = len(self.harmful) + len(self.harmless)
+        found: list[tuple[float, float, float]] = []
+        for part in _chunks(candidates, max(1, ROWS_AT_ONCE // count)):
+            ablations = self._ablated([raw for _, raw in part])
+            fine = [candidate for candidate, (_, kl) in zip(part, ablations, strict=True) if kl <= up_to]
+            induced = iter(self._added(fine) if fine else [])
+            found += [(odds, kl, next(induced) if kl <= up_to else float("nan")) for odds, kl in ablations]
+        return found
 
     @torch.no_grad()
-    def score(
-        self, layer: int, raw: Float[Tensor, " d_model"], up_to: float = float("inf")
-    ) -> tuple[float, float, float]:
-        """Log-odds, KL and induce; the last is NaN where the KL exceeds `up_to`, since it decides nothing there."""
-        raw = raw.float().cpu()
-        wider = torch.cat([self.ablated, unit(raw)[None]])
-        logits = self.both.last_logits(self.model, ablating(wider))
-        log_odds = refusal_log_odds(logits[: self.harmful], self.refusal_ids).mean()
-        after = logits[self.harmful :].log_softmax(-1)
-        kl = torch.nn.functional.kl_div(after, self.before, log_target=True, reduction="batchmean")
-        if kl > up_to:
-            return float(log_odds), float(kl), float("nan")
-        steer = Steer(layer, raw, 1.0)
-        added = self.harmless.last_logits(self.model, (*ablating(self.ablated), steer))
-        return float(log_odds), float(kl), float(refusal_log_odds(added, self.refusal_ids).mean())
+    def _ablated(self, raw: Sequence[Float[Tensor, " d_model"]]) -> list[tuple[float, float]]:
+        """Log-odds and KL with each direction projected out as well; all are read in one pass."""
+        prompts = [*self.harmful, *self.harmless]
+        reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(raw))
+        bases = tuple(torch.cat([self.ablated, unit(r.float().cpu())[None]]) for r in raw)
+        each = AblateRows(bases, tuple(copy for copy in range(len(raw)) for _ in prompts))
+        found = []
+        for logits in reads.last_logits(self.model, (each,)).split(len(prompts)):
+            log_odds = refusal_log_odds(logits[: len(self.harmful)], self.refusal_ids).mean()
+            after = logits[len(self.harmful) :].log_softmax(-1)
+            kl = torch.nn.functional.kl_div(after, self.before, log_target=True, reduction="batchmean")
+            found.append((float(log_odds), float(kl)))
+        return found
+
+    @torch.no_grad()
+    def _added(self, candidates: Sequence[tuple[int, Float[Tensor, " d_model"]]]) -> list[float]:
+        """Log-odds of refusing harmless prompts with each difference added after its layer."""
+        reads = PromptSet.of(self.model, self.harmless, batch_size=self.batch_size, copies=len(candidates))
+        raw = torch.stack([r.float().cpu() for _, r in candidates])
+        at = torch.tensor([layer for layer, _ in candidates])
+        each = torch.arange(len(candidates)).repeat_interleave(len(self.harmless))
+        steers = [SteerRows(layer, (raw * (at == layer)[:, None])[each]) for layer in sorted(set(at.tolist()))]
+        logits = reads.last_logits(self.model, (*ablating(self.ablated), *steers))
+        return [float(refusal_log_odds(part, self.refusal_ids).mean()) for part in logits.split(len(self.harmless))]
+
+
+ROWS_AT_ONCE = 256
+"""Prompts, counted once a candidate, that are read in one go: what the logits of all take is memory."""
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[k : k + size] for k in range(0, len(items), size)]
 
 
 def unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
@@ -313,18 +360,16 @@ def score_exhaustively(
     refusal_ids: Sequence[int],
     layers: Sequence[int],
     ablated: Float[Tensor, "k d_model"] | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> Scores:
     """Every candidate's scores, each from all prompts. `layers[i]` is the block whose output `candidates[i]` is from.
 
     Raises `ValueError` if there are no prompts of a kind or no refusal tokens.
     """
     scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
-    scores = Scores.none(*candidates.shape[:2])
-    for i, layer in enumerate(layers):
-        for j in range(candidates.shape[1]):
-            scores.put((i, j), scorer.score(layer, candidates[i, j]))
-    return scores
+    places = [(i, j) for i in range(len(layers)) for j in range(candidates.shape[1])]
+    found = scorer.score([(layers[i], candidates[i, j]) for i, j in places])
+    return Scores.none(*candidates.shape[:2]).put(places, found)
 
 
 @dataclass(frozen=True)
@@ -352,7 +397,7 @@ def score_by_screening(
     ablated: Float[Tensor, "k d_model"] | None = None,
     screening: Screening | None = None,
     kl_limit: float = KL_LIMIT,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> Scores:
     """Scores of the most promising candidates only, each exactly that of `score_exhaustively`; NaN for the others.
 
@@ -377,16 +422,15 @@ def score_by_screening(
     hopeful = True
     if len(order) > screening.exact and fewer:
         scorer = _Scorer(model, some_harmful, some_harmless, refusal_ids, ablated, batch_size)
-        roughly = Scores.none(*candidates.shape[:2])
-        for i, j in order:
-            roughly.put((i, j), scorer.score(layers[i], candidates[i, j], up_to=2 * kl_limit))
+        found = scorer.score([(layers[i], candidates[i, j]) for i, j in order], up_to=2 * kl_limit)
+        roughly = Scores.none(*candidates.shape[:2]).put(order, found)
         order = ranking(roughly, kl_limit)
         hopeful = bool(roughly.passing(2 * kl_limit).any())
     scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
     scores = Scores.none(*candidates.shape[:2])
     for start in (0, screening.exact):
-        for i, j in order[start : start + screening.exact]:
-            scores.put((i, j), scorer.score(layers[i], candidates[i, j]))
+        places = order[start : start + screening.exact]
+        scores.put(places, scorer.score([(layers[i], candidates[i, j]) for i, j in places]))
         if bool(scores.passing(kl_limit).any()) or not hopeful:
             break
     return scores
@@ -425,7 +469,7 @@ def predict_scores(
     ablated: Float[Tensor, "k d_model"] | None = None,
     samples: int = 2,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> Scores:
     """All candidates' scores to lowest order, from one forward pass a prompt and a few backward passes.
 
@@ -512,7 +556,7 @@ class AttackSettings:
     kl_limit: float = KL_LIMIT
     smallest: float = 0.01
     """The attack ends at a difference shorter than this share of the first."""
-    batch_size: int = 32
+    batch_size: int = 64
 
 
 def iterated_ablation(

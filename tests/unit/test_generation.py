@@ -5,7 +5,7 @@ import torch
 
 from helpers.chat import encode
 from helpers.generation import generate
-from helpers.interventions import Ablate, Steer
+from helpers.interventions import Ablate, AblateRows, Steer
 from helpers.models import load, plain_model
 
 NEW = 8
@@ -84,6 +84,14 @@ def test_reading_the_common_start_once_changes_nothing_under_ablation(talker, pr
     )
     assert shared == alone
     assert shared != generate(talker, prompts, max_new_tokens=NEW)
+
+
+def test_prompts_ablated_each_in_its_own_way_are_answered_as_alone(talker, prompts):
+    bases = (torch.zeros(0, talker.width), torch.nn.functional.normalize(vector(), dim=0)[None])
+    of = (0,) * len(prompts) + (1,) * len(prompts)
+    together = generate(talker, [*prompts, *prompts], max_new_tokens=NEW, interventions=[AblateRows(bases, of)])
+    alone = generate(talker, prompts, max_new_tokens=NEW, interventions=[Ablate(bases[1])])
+    assert together == [*generate(talker, prompts, max_new_tokens=NEW), *alone]
 
 
 def test_steering_changes_what_is_said(talker, prompts):

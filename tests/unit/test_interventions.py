@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.chat import collate
-from helpers.interventions import Ablate, EditGradient, Steer, applied, edit_component
+from helpers.interventions import Ablate, AblateRows, EditGradient, Steer, alike, applied, edit_component
 from helpers.losses import token_losses
 from helpers.models import load
 
@@ -164,6 +164,25 @@ def test_ablation_leaves_what_is_orthogonal_alone(tiny, batch, watch):
 def test_a_direction_named_twice_is_ablated_as_if_named_once(tiny, batch):
     once, twice = direction(0)[None], torch.stack([direction(0), -2 * direction(0)])
     torch.testing.assert_close(run(tiny, batch, Ablate(twice)), run(tiny, batch, Ablate(once)))
+
+
+def test_rows_are_ablated_each_by_its_own_directions_as_if_alone(tiny, batch):
+    bases = (torch.zeros(0, tiny.width), direction(0)[None], torch.stack([direction(0), direction(0) + direction(1)]))
+    of = tuple(range(3)) * len(batch.rows)
+    together = run(tiny, batch, AblateRows(bases, of))
+    for row, place in enumerate(batch.rows):
+        alone = [Ablate(bases[of[place]])] if len(bases[of[place]]) else []
+        torch.testing.assert_close(together[row], run(tiny, batch, *alone)[row])
+    assert {of[place] for place in batch.rows} == {0, 1, 2}
+
+
+def test_rows_are_alike_if_the_same_is_done_to_them_wherever_they_are_read(tiny):
+    bases = (direction(0)[None], direction(1)[None])
+    assert alike([Ablate(bases[0])], 3) == [0, 0, 0]
+    assert alike([Ablate(bases[0]), AblateRows(bases, (1, 0, 1))], 3) == [0, 1, 0]
+    assert alike([Steer(0, direction(0), 1.0)], 3) is None
+    with pytest.raises(ValueError, match=r"shape \(1, 31\); tiny-random needs \(k, 32\)"):
+        run(tiny, None, AblateRows((direction()[None, :-1],), (0,)))
 
 
 def test_only_the_named_layers_are_ablated(tiny, batch, watch):

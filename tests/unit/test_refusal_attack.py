@@ -13,6 +13,7 @@ from helpers.methods.refusal_attack import (
     PromptSet,
     Scores,
     Screening,
+    _Scorer,
     ablating,
     attacked_layers,
     candidate_directions,
@@ -302,8 +303,31 @@ def test_screening_chooses_the_planted_candidate_as_scoring_all_does(tiny, promp
     kept = screened.scored
     assert int(kept.sum()) == 3
     for name in ("log_odds", "kl", "induce"):
-        assert torch.equal(getattr(screened, name)[kept], getattr(every, name)[kept])
+        torch.testing.assert_close(getattr(screened, name)[kept], getattr(every, name)[kept], atol=1e-6, rtol=1e-5)
         assert getattr(screened, name)[~kept].isnan().all()
+
+
+def test_several_candidates_read_in_one_pass_score_as_each_does_alone(tiny, prompts, planted):
+    raw, tokens, _ = planted
+    candidates = [(layer, raw[i, j]) for i, layer in enumerate(BOTH) for j in (0, 3, 13)]
+    ablated = orthonormal(random(2, WIDTH))
+    scorer = _Scorer(tiny, *prompts, tokens, ablated, batch_size=5)
+    together = scorer.score(candidates)
+    alone = [scorer.score([candidate])[0] for candidate in candidates]
+    by_hand = []
+    for layer, vector in candidates:
+        wider = torch.cat([ablated, vector[None]])
+        logits = torch.cat([states(tiny, e, *ablating(wider))[1][None] for e in prompts[0]])
+        steered = torch.cat(
+            [states(tiny, e, *ablating(ablated), Steer(layer, vector, 1.0))[1][None] for e in prompts[1]]
+        )
+        by_hand.append([float(refusal_log_odds(part, tokens).mean()) for part in (logits, steered)])
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(together)[:, [0, 2]], torch.tensor(by_hand), atol=1e-5, rtol=1e-5)
+    limit = sorted(kl for _, kl, _ in together)[2]
+    assert [math.isnan(induce) for *_, induce in scorer.score(candidates, up_to=limit)] == [
+        kl > limit for _, kl, _ in together
+    ]
 
 
 def test_if_none_of_the_best_passes_the_next_best_are_scored_too(tiny, prompts, planted):
@@ -322,7 +346,7 @@ def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, plant
     plain = PromptSet.last_logits
 
     def counting(self, *args):
-        counts.append(self.count)
+        counts.append(self.count * self.copies)
         return plain(self, *args)
 
     monkeypatch.setattr(PromptSet, "last_logits", counting)
