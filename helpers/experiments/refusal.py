@@ -127,9 +127,18 @@ class RefusalExperiment:
 
     def model(self, condition: str, seed: int | None = None) -> Model:
         """The start model, or what a condition made of it; frozen."""
+        if condition == "start":
+            return self._start_model
+        return self._load([*self.start, self._trained(condition, self.params.seed if seed is None else seed)])
+
+    @cached_property
+    def _start_model(self) -> Model:
+        """Read once: it is attacked, and it is the teacher of every condition that distils."""
+        return self._load(self.start)
+
+    def _load(self, finetuned: Sequence[dict[str, Tensor]]) -> Model:
         p = self.params
-        trained = [] if condition == "start" else [self._trained(condition, p.seed if seed is None else seed)]
-        return load(p.model, device=p.device, dtype=p.dtype, finetuned=[*self.start, *trained], frozen=True)
+        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, frozen=True)
 
     def _trained(self, condition: str, seed: int) -> dict[str, Tensor]:
         p, loss = self.params, redistribution(condition, self.params)

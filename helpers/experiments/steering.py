@@ -86,6 +86,11 @@ class Arm:
         """Whether a vector is added to activations."""
         return self.method in ("difference in means", "trained")
 
+    @property
+    def adapts(self) -> bool:
+        """Whether weights are changed."""
+        return self.method == "LoRA"
+
 
 @dataclass(frozen=True)
 class ConceptRow:
@@ -109,6 +114,7 @@ class SteeringExperiment:
         self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
         self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}
         self._trained: dict[Arm, list[Trained]] = {}
+        self._answers: dict[tuple[Arm, Part, bool], list[list[str]]] = {}
 
     # Data
 
@@ -137,7 +143,8 @@ class SteeringExperiment:
         if concept not in self._parts:
             _, rows = corpora.load_axbench(int(concept))
             open_ = [question for question, _, plain in rows if plain is None]
-            own = dict(zip(open_, self._say(Arm(), [(0, q) for q in open_], self.params.response_tokens), strict=True))
+            said = self._say([(Arm(), 0, question) for question in open_], self.params.response_tokens)
+            own = dict(zip(open_, said, strict=True))
             found = [ConceptRow(q, own[q] if plain is None else plain, shown) for q, shown, plain in rows]
             self._parts[concept] = found[:-36], found[-36:-20], found[-20:]
         return self._parts[concept]
@@ -347,48 +354,74 @@ class SteeringExperiment:
 
     def answers(self, arm: Arm, part: Part = "test", *, forbidden: bool = False) -> list[list[str]]:
         """What the steered model says to each concept's questions; `forbidden`: they also say to avoid the concept."""
+        self.answer_together([arm], part, forbidden=forbidden)
+        return self._answers[arm, part, forbidden]
+
+    def answer_together(self, arms: Sequence[Arm], part: Part = "test", *, forbidden: bool = False) -> None:
+        """Have many arms answer in one go, before each is asked for: a decoding step costs little more for more rows.
+
+        Rows of other arms change an arm's answers by rounding alone.
+        """
+        new = [arm for arm in dict.fromkeys(arms) if (arm, part, forbidden) not in self._answers]
         asked = [
-            (i, self._worded(arm, c, question, forbidden))
+            (arm, i, self._worded(arm, c, question, forbidden))
+            for arm in new
             for i, c in enumerate(self.concepts)
             for question in self.questions(c, part)
         ]
-        said = self._say(arm, asked, self.params.max_new_tokens)
-        return [[text for (i, _), text in zip(asked, said, strict=True) if i == c] for c in range(len(self.concepts))]
+        said = list(zip(asked, self._say(asked, self.params.max_new_tokens), strict=True))
+        for arm in new:
+            self._answers[arm, part, forbidden] = [
+                [text for (of, i, _), text in said if of == arm and i == c] for c in range(len(self.concepts))
+            ]
 
     def _worded(self, arm: Arm, concept: str, question: str, forbidden: bool) -> str:
         text = f"{self.ask(concept)}\n\nQuestion: {question}" if arm.method == "prompting" else question
         return f"{text} {self.avoid(concept)}" if forbidden else text
 
-    def _say(self, arm: Arm, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[str]:
-        """Answers to (concept, prompt) pairs, each under its concept's steering."""
-        shifts = self.shifts(arm) if arm.adds else torch.zeros(len(self.concepts), self.model.width)
+    def _say(self, asked: Sequence[tuple[Arm, int, str]], max_new_tokens: int) -> list[str]:
+        """Answers to (arm, concept, prompt) triples, each under its arm's steering towards its concept."""
+        pushes = self._pushes([(arm, i) for arm, i, _ in asked])
+        adapted = {arm: [k for k, (of, _, _) in enumerate(asked) if of == arm] for arm, _, _ in asked if arm.adapts}
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            if arm.method == "LoRA":
-                return {}, {"answers": self._say_adapted(arm, asked, max_new_tokens)}
-            prompts = [encode(self.model.tokenizer, text) for _, text in asked]
-            on = self._on(arm, [i for i, _ in asked])
-            said = generate(self.model, prompts, max_new_tokens=max_new_tokens, interventions=on, label=arm.method)
+            said = [""] * len(asked)
+            for arm, mine in adapted.items():
+                answers = self._say_adapted(arm, [asked[k][1:] for k in mine], max_new_tokens)
+                for k, text in zip(mine, answers, strict=True):
+                    said[k] = text
+            others = [k for k, (arm, _, _) in enumerate(asked) if not arm.adapts]
+            prompts = [encode(self.model.tokenizer, asked[k][2]) for k in others]
+            steers = [SteerRows(self.params.layer, push[others], where) for where, push in pushes]
+            shape: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 128, "label": "answers"}
+            for k, text in zip(others, generate(self.model, prompts, interventions=steers, **shape), strict=True):
+                said[k] = text
             return {}, {"answers": said}
 
-        more = {"adapters": self._adapter(arm, 0)} if arm.method == "LoRA" else {}
         kept = self._artifact(
             "steering-answers",
             compute,
             {
-                "asked": [list(pair) for pair in asked],
-                "shifts": _digest(shifts),
-                "where": str(self.place(arm.where)),
+                "asked": [[i, text] for _, i, text in asked],
+                "shifts": [[str(where), _digest(push)] for where, push in pushes],
+                "adapters": [[self._adapter(arm, 0), mine] for arm, mine in adapted.items()],
                 "layer": self.params.layer,
                 "max_new_tokens": max_new_tokens,
-                **more,
             },
         )
         return list(kept.facts["answers"])
 
-    def _on(self, arm: Arm, of: Sequence[int]) -> list[SteerRows]:
-        """The arm's steering of rows that belong to these concepts."""
-        return [SteerRows(self.params.layer, self.shifts(arm)[list(of)], self.place(arm.where))] if arm.adds else []
+    def _pushes(self, rows: Sequence[tuple[Arm, int]]) -> list[tuple[Where, Float[Tensor, "row d_model"]]]:
+        """What is added, place by place, to rows that belong to these arms and concepts: 0 where another is meant."""
+        shifts = {arm: self.shifts(arm) for arm, _ in rows if arm.adds}
+        found = []
+        for where in dict.fromkeys(arm.where for arm in shifts):
+            mine = torch.zeros(len(rows), self.model.width)
+            for k, (arm, i) in enumerate(rows):
+                if arm.adds and arm.where == where:
+                    mine[k] = shifts[arm][i]
+            found.append((self.place(where), mine))
+        return found
 
     def _adapter(self, arm: Arm, concept: int) -> dict[str, Any]:
         p = self.params
@@ -489,13 +522,15 @@ class SteeringExperiment:
 
     def with_best_factor(self, arm: Arm) -> Arm:
         """The post-hoc factor: for every concept the scale that is rated best on check questions."""
-        scores = np.stack([self.ratings(replace(arm, scale=s), "check").overall.mean(1) for s in self.params.scales])
+        scaled = [replace(arm, scale=s) for s in self.params.scales]
+        self.answer_together(scaled, "check")
+        scores = np.stack([self.ratings(one, "check").overall.mean(1) for one in scaled])
         return replace(arm, scale=tuple(float(self.params.scales[k]) for k in scores.argmax(0)))
 
     # Utility
 
-    def utility(self, arm: Arm) -> dict[corpora.QuizTask, Bool[Array, "repeat item"]]:
-        """Which items of each quiz are answered rightly.
+    def utility(self, arms: Sequence[Arm]) -> list[dict[corpora.QuizTask, Bool[Array, "repeat item"]]]:
+        """Which items of each quiz each arm answers rightly; all are asked in one go.
 
         Every item is asked under `item_repeats` concepts, taken in turns.
         """
@@ -506,10 +541,13 @@ class SteeringExperiment:
             for k in range(p.item_repeats)
             for i, row in enumerate(rows)
         ]
-        worded = [(c, self._worded(arm, self.concepts[c], row.question, False)) for c, row in asked]
-        said = self._say(arm, worded, p.quiz_tokens)
-        right = np.array([row.right(t) for (_, row), t in zip(asked, said, strict=True)]).reshape(p.item_repeats, -1)
-        return dict(zip(QUIZZES, np.split(right, len(QUIZZES), axis=1), strict=True))
+        worded = [
+            (arm, c, self._worded(arm, self.concepts[c], row.question, False)) for arm in arms for c, row in asked
+        ]
+        said = self._say(worded, p.quiz_tokens)
+        right = np.array([row.right(t) for (_, row), t in zip(asked * len(arms), said, strict=True)])
+        of_arms = right.reshape(len(arms), p.item_repeats, -1)
+        return [dict(zip(QUIZZES, np.split(of_one, len(QUIZZES), axis=1), strict=True)) for of_one in of_arms]
 
     # Costs
 
@@ -530,7 +568,10 @@ class SteeringExperiment:
             ids = encode(self.model.tokenizer, "again and " * length).ids
             batch = collate([Example((*ids[: length - 8], *ids[-8:]), length)] * 4, 0).to(self.model.device)
             seconds: dict[str, list[float]] = {name: [] for name in arms}
-            on = {name: self._on(arm, [0] * 4) for name, arm in arms.items()}
+            pushes = {name: self._pushes([(arm, 0)] * 4) for name, arm in arms.items()}
+            on = {
+                name: [SteerRows(self.params.layer, push, where) for where, push in of] for name, of in pushes.items()
+            }
             caches: dict[str, Any] = {}
             with torch.inference_mode(), self.model.reading(batch), self.model.weights_in(self.model.dtype):
                 for _ in range(steps + 1):

@@ -106,6 +106,16 @@ def test_every_arm_answers_every_question(exp):
     assert exp.answers(Arm()) != exp.answers(replace(FULL, scale=50.0))
 
 
+def test_arms_that_answer_together_say_what_each_says_alone(exp):
+    arms = [Arm(), Arm("prompting"), ENDS, replace(FULL, scale=50.0), Arm("difference in means"), Arm("LoRA")]
+    together, alone = (SteeringExperiment(exp.params) for _ in range(2))
+    together.answer_together(arms, "check", forbidden=True)
+    for arm in arms:
+        assert together.answers(arm, "check", forbidden=True) == alone.answers(arm, "check", forbidden=True)
+    quizzes = zip(together.utility(arms), (alone.utility([arm])[0] for arm in arms), strict=True)
+    assert all(np.array_equal(one[task], other[task]) for one, other in quizzes for task in QUIZZES)
+
+
 def test_the_search_takes_the_best_factor_of_each_concept(exp):
     found = exp.with_best_factor(FULL)
     tried = np.stack([exp.ratings(replace(FULL, scale=s), "check").overall.mean(1) for s in exp.params.scales])
@@ -115,7 +125,8 @@ def test_the_search_takes_the_best_factor_of_each_concept(exp):
 def test_quiz_answers_are_told_right_from_wrong(exp):
     row = corpora.load_quiz("facts")[0]
     assert row.right("The capital is Paris.") and not row.right("Parisian, London")
-    assert {task: right.shape for task, right in exp.utility(Arm()).items()} == dict.fromkeys(QUIZZES, (2, 4))
+    (found,) = exp.utility([Arm()])
+    assert {task: right.shape for task, right in found.items()} == dict.fromkeys(QUIZZES, (2, 4))
 
 
 def test_an_unknown_quiz_says_which_there_are(untyped):
