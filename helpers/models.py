@@ -216,21 +216,23 @@ def load(
     finetuned: Sequence[Mapping[str, Tensor]] = (),
     lora: LoRA | None = None,
     frozen: bool = False,
+    held: bool = False,
     layer: int | None = None,
 ) -> Model:
     """Load a registered model or a hub model by name.
 
     `finetuned` are the `trained_tensors` of earlier runs, applied in order (LoRA factors are merged into the weights).
     `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless the model is
-    `frozen`: then its weights may be shared with other loads, which saves their memory, and those that every pass would
-    cast to the compute precision are held in it. `layer`, if given, is checked against the model's configuration before
-    any weight is read.
+    `frozen`: then its weights may be shared with other loads, which saves their memory. `held` is frozen too, and holds
+    weights in the compute precision that every pass under `Model.autocast` would cast; no pass runs outside it.
+    `layer`, if given, is checked against the model's configuration before any weight is read.
 
     Raises `ValueError` for an unknown model, a layer it does not have, or tensors that do not fit it.
     """
     _keep_freed_memory()
     gc.collect()  # a bridge and its model refer to each other: without this, models no longer used would pile up
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    frozen = frozen or held
     hf, tokenizer, digest = _plain(name, layer, shared=(frozen or lora is not None) and not finetuned)
     for tensors in finetuned:
         hf = _apply(hf, tensors)
@@ -240,6 +242,7 @@ def load(
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
     if frozen:
         hf.requires_grad_(False)
+    if held:
         for p in _frozen_linear(hf):
             p.data = p.data.to(precision)
     from transformer_lens.model_bridge import TransformerBridge

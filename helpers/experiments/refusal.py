@@ -109,7 +109,7 @@ class RefusalExperiment:
 
     def __init__(self, params: RefusalParams) -> None:
         self.params = params
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, frozen=True)
+        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, held=True)
         self.store = default_store()
         self.train, self.test = _requests(params)
         self.refusal_ids = [self.base.tokenizer.encode("I", add_special_tokens=False)[0]]
@@ -138,7 +138,7 @@ class RefusalExperiment:
 
     def _load(self, finetuned: Sequence[dict[str, Tensor]]) -> Model:
         p = self.params
-        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, frozen=True)
+        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, held=True)
 
     def _trained(self, condition: str, seed: int) -> dict[str, Tensor]:
         p, loss = self.params, redistribution(condition, self.params)

@@ -107,9 +107,7 @@ class SteeringExperiment:
     def __init__(self, params: PromptOnlyParams) -> None:
         self.params = params
         self.store = default_store()
-        self.model: Model = load(
-            params.model, device=params.device, dtype=params.dtype, layer=params.layer, frozen=True
-        )
+        self.model: Model = load(params.model, device=params.device, dtype=params.dtype, layer=params.layer, held=True)
         self.concepts = params.concepts
         self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
         self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}
@@ -481,8 +479,8 @@ class SteeringExperiment:
             asked = [encode(tokenizer, q, a) for q, a in said]
             alone = [encode(tokenizer, NOTHING, a) for _, a in said]
             return {
-                "asked": evaluate_losses(self.model, asked),
-                "alone": evaluate_losses(self.model, alone),
+                "asked": evaluate_losses(self.model, asked, batch_size=64),
+                "alone": evaluate_losses(self.model, alone, batch_size=64),
             }, {}
 
         found = self._artifact("steering-features", compute, {"said": [list(pair) for pair in said]}).tensors

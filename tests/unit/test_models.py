@@ -273,6 +273,20 @@ def test_casting_frozen_matrices_once_changes_no_bit_of_what_autocast_gives():
             assert torch.equal(model.hf(input_ids=ids(model)).logits, before)
 
 
+def test_a_held_model_gives_what_a_frozen_one_gives_under_autocast_and_shares_nothing_it_changed():
+    frozen, held = (load("tiny-random", dtype="bfloat16", **{how: True}) for how in ("frozen", "held"))
+    assert not any(p.requires_grad for p in held.hf.parameters())
+    cast = {models.plain_name(n) for n, p in held.hf.named_parameters() if p.dtype == torch.bfloat16}
+    assert len(cast) == 2 * 7 and all(name.endswith("_proj.weight") for name in cast)
+    logits = []
+    for model in (frozen, held):
+        with torch.no_grad(), model.autocast():
+            logits.append(model.hf(input_ids=ids(model)).logits)
+    assert torch.equal(*logits)
+    with torch.no_grad():  # nobody's weights but its own were cast
+        assert frozen.hf(input_ids=ids(frozen)).logits.dtype == torch.float32
+
+
 def test_the_precision_is_what_was_wished_or_what_the_hardware_is_good_at(monkeypatch):
     cpu = torch.device("cpu")
     assert compute_dtype(cpu, "bfloat16") == torch.bfloat16
