@@ -27,7 +27,7 @@ from helpers.gradients import activation_gradients, pile_gradient
 from helpers.losses import evaluate_losses, sequence_sums
 from helpers.methods.gradient_filtering import fihs
 from helpers.methods.preventative_steering import preventative_steering
-from helpers.methods.prompt_only_steering import Pair, Run, train_vectors
+from helpers.methods.prompt_only_steering import Pair, Run, States, train_vectors
 from helpers.methods.refusal_attack import (
     POSITIONS,
     candidate_directions,
@@ -446,40 +446,58 @@ def steering_chapter():
 
 
 def test_training_all_vectors_in_one_run_is_faster_than_one_after_another(benchmark, steering_chapter):
-    """Faster than a plain loop over concepts, with the same vectors; quick's layer and batch size.
-
-    It has to be 3 times as fast on a GPU, which two sequences leave idle. Two CPU cores are busy with two already: what
-    is saved there are the blocks below the vector and the logits that no loss is on.
+    """At least 3 times as fast as a plain loop over concepts on a GPU, which two sequences leave idle, and twice on a CPU,
+    which they do not; with the same vectors, at quick's layer and batch size.
 
     The loop is what a user would write: the plain model under autocast, a forward hook on the block, Hugging Face's
-    loss, one concept after another. Ours with one run at a time is reported beside.
+    loss, one concept after another. Ours with one run at a time is reported beside. Both train at the places that the
+    chapter trains at, with pairs that are met about as often as there, since ours reads each once up to the vector's
+    block: the time of the first place, which pays for most of that, is reported too.
     """
     chapter, quick = steering_chapter, PromptOnlyParams(preset="quick")
-    model, where, steps = chapter.model, chapter.place("ends"), 4
-    cut = quick.response_tokens
+    model, steps = chapter.model, 4
+    places = [chapter.place(name) for name in ("ends", "all", *quick.places)]
+    met = steps * quick.batch_size * len(places)
+    in_chapter = quick.steps * quick.batch_size * len(places) / len(chapter.pairs(chapter.concepts[0]))
+    cut, kept = quick.response_tokens, math.ceil(met / in_chapter)
     runs = [
-        Run(c, tuple(Pair(_cut(p.shown, cut), _cut(p.neutral, cut)) for p in chapter.pairs(c)), 1.0, 1.0, 1.0)
+        Run(c, tuple(Pair(_cut(p.shown, cut), _cut(p.neutral, cut)) for p in chapter.pairs(c)[:kept]), 1.0, 1.0, 1.0)
         for c in chapter.concepts
     ]
-    how = {"layer": quick.layer, "where": where, "steps": steps, "batch_size": quick.batch_size}
+    how = {"layer": quick.layer, "steps": steps, "batch_size": quick.batch_size}
     plain = plain_model(quick.model)[0].to(model.device).requires_grad_(False)
     found = {}
 
+    def ours(parts, places=places):
+        states = States(model, quick.layer)
+        return torch.stack(
+            [
+                t.steer.vector
+                for where in places
+                for part in parts
+                for t in train_vectors(model, part, where=where, states=states, **how)
+            ]
+        )
+
     def together():
-        found["ours"] = torch.stack([t.steer.vector for t in train_vectors(model, runs, **how)])
+        found["ours"] = ours([runs])
 
     def one_by_one():
-        found["one by one"] = torch.stack([train_vectors(model, [run], **how)[0].steer.vector for run in runs])
+        found["one by one"] = ours([[run] for run in runs])
 
     def by_hand():
-        found["by hand"] = torch.stack([_by_hand(plain, model, run, how) for run in runs])
+        found["by hand"] = torch.stack(
+            [_by_hand(plain, model, run, {**how, "where": where}) for where in places for run in runs]
+        )
 
-    times = take_turns(benchmark, together, {"one by one": one_by_one, "by hand": by_hand}, rounds=3)
+    times = take_turns(benchmark, together, {"one by one": one_by_one, "by hand": by_hand}, rounds=2)
+    times["the first place"] = seconds(lambda: ours([runs], places[:1]))
     ratios = {f"{name} / ours": round(times[name] / times["ours"], 3) for name in ("one by one", "by hand")}
     alike = {n: float(cosine_similarity(found[n], found["ours"]).min()) for n in ("one by one", "by hand")}
-    report(benchmark, vectors=len(runs), steps=steps, seconds=times, least_cosine=alike, **ratios)
+    ratios["first place: by hand / ours"] = round(times["by hand"] / len(places) / times["the first place"], 3)
+    report(benchmark, vectors=len(runs), places=len(places), steps=steps, seconds=times, least_cosine=alike, **ratios)
     assert min(alike.values()) > 0.99  # not equal: in bfloat16 the sign of a small gradient turns, and Adam follows it
-    assert ratios["by hand / ours"] >= (3 if model.device.type == "cuda" else 1.6)
+    assert ratios["by hand / ours"] >= (3 if model.device.type == "cuda" else 2)
 
 
 def _cut(example, tokens):
