@@ -371,14 +371,13 @@ class Findings:
         rows = []
         for claim in self._chapter_claims():
             finding = self.found.get(claim.id)
-            expected = f"**{claim.statement}** Counts as reproduced if: {_expectation(claim)}."
+            statement, expectation = (text.replace("*", r"\*") for text in (claim.statement, _expectation(claim)))
+            expected = f"**{statement}** Counts as reproduced if: {expectation}."
             if finding is None:
                 rows.append((expected, "", "not judged: not measured in this run"))
                 continue
             measured = f"{_number(finding.value)} [{_number(finding.low)}, {_number(finding.high)}], n = {finding.n}"
-            outcome = f"**{finding.verdict}**"
-            if finding.verdict != "reproduced":
-                outcome += f": {finding.reason}"
+            outcome = f"**{finding.verdict}**" + ("." if finding.verdict == "reproduced" else f": {finding.reason}")
             controls = "; ".join(f"{c.name}: {'passed' if c.passed else 'failed'}" for c in finding.controls)
             rows.append((expected, measured, f"{outcome} Controls: {controls}." if controls else outcome))
         return Markdown(_markdown_table(("Claim", "Measured here, 95% interval", "Verdict"), rows))

@@ -158,12 +158,20 @@ def test_a_glued_number_is_shown_formatted_without_quotation_marks_and_remembere
     assert glued == {"share": {"value": 0.953, "text": "95%"}}
 
 
+def test_a_star_in_a_claim_is_no_markup_in_the_box(tmp_path):
+    findings = run(tmp_path)
+    findings.claims["a.rises"] = ABOVE.model_copy(update={"statement": "It raises K*.", "metric": "K* minus K*"})
+    line = findings.claim_box().data.splitlines()[2]
+    assert r"**It raises K\*.**" in line and r"K\* minus K\*" in line
+
+
 def test_the_claim_box_lists_every_claim_of_the_chapter_and_no_other(tmp_path):
     findings = run(tmp_path)
     findings.judge("a.rises", Estimate(0.95, 0.8, 1.0, 20), [Control("random", 0.1, passed=True)])
     lines = findings.claim_box().data.splitlines()
     assert len(lines) == 4, "a header, a rule, two claims of this chapter"
     assert "0.95 [0.8, 1], n = 20" in lines[2] and "random: passed" in lines[2] and "**reproduced**" in lines[2]
+    assert "**It rises.**" in lines[2] and "**reproduced**. Controls: random: passed." in lines[2]
     assert "not measured in this run" in lines[3] and "(source: 0.05)" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
 
