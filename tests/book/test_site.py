@@ -220,6 +220,7 @@ def test_no_output_is_a_wall_of_text_or_a_warning(seen, name):
     for output in seen(name, DESKTOP)["outputs"]:
         assert output.count("\n") <= 60, output[:400]
         assert not re.search(r"\w*Warning\b|Traceback", output), output[:400]
+        assert not re.fullmatch(r"'.*'", output.strip()), f"{output}: a value that nobody meant to show"
 
 
 @pytest.mark.parametrize("name", PAGES)
