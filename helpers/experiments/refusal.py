@@ -5,7 +5,6 @@ Trained factors, attacks and answers are kept in the artifact store.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -172,19 +171,17 @@ class RefusalExperiment:
             for kind in ("harmful", "harmless")
         )
         teacher = self.model("start") if loss.kd_weight else None
-        kept = teacher.weights_in(teacher.dtype, only_frozen_linear=True) if teacher else contextlib.nullcontext()
         extra = loss.extra_loss(lambda row: row < len(harmful), teacher=teacher, seed=seed)
-        with kept:
-            log = finetune(
-                model,
-                balanced_batches(harmful, harmless, steps, p.batch_size, seed, model.tokenizer.pad_token_id),
-                steps=steps,
-                learning_rate=p.learning_rate,
-                seed=seed,
-                interventions=extra.interventions,
-                extra_loss=extra,
-                label="redistributing",
-            )
+        log = finetune(
+            model,
+            balanced_batches(harmful, harmless, steps, p.batch_size, seed, model.tokenizer.pad_token_id),
+            steps=steps,
+            learning_rate=p.learning_rate,
+            seed=seed,
+            interventions=extra.interventions,
+            extra_loss=extra,
+            label="redistributing",
+        )
         return model.trained_tensors(), {"losses": list(log.losses), "terms": extra.records}
 
     def prompts(self, requests: Sequence[str]) -> list[Example]:
@@ -288,8 +285,7 @@ class RefusalExperiment:
         return Attack(directions, steps, self.judge(model, bases))
 
     def _attack(self, model: Model, prompts: Mapping[Kind, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        kept = model.weights_in(model.dtype, only_frozen_linear=True)
-        with kept, tqdm(total=self.params.k_max, desc="directions", leave=False) as progress:
+        with tqdm(total=self.params.k_max, desc="directions", leave=False) as progress:
             steps = iterated_ablation(
                 model,
                 self.prompts(prompts["harmful"]),

@@ -399,7 +399,7 @@ def score_by_screening(
     kl_limit: float = KL_LIMIT,
     batch_size: int = 64,
 ) -> Scores:
-    """Scores of the most promising candidates only, each exactly that of `score_exhaustively`; NaN for the others.
+    """Scores of the most promising candidates only, those of `score_exhaustively` but for rounding; NaN for the others.
 
     If none of the `exact` best passes the filters, the next `exact` are scored too, unless no rough score came within
     twice the limit of the KL. Raises as `score_exhaustively`.
