@@ -14,7 +14,7 @@ book: .venv/.installed
 	@echo "Read it: book/executed/$(PRESET)/_build/html/index.html"
 
 test: .venv/.installed
-	$(BIN)/python -m pytest --benchmark-skip -m "not taught"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-skip -m "not taught"
 
 # The central claims on the real model; those of chapters 4 and 5 first teach it to refuse, which takes minutes.
 acceptance: .venv/.installed

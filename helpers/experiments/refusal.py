@@ -244,7 +244,9 @@ class RefusalExperiment:
         said = [{kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED} for _ in bases]
         divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
         examples = [example for row in said for kind in ATTACKED for example in self.examples(kind, row[kind])]
-        oddness = iter(self.losses(self.base, examples).tolist())
+        distinct = list(dict.fromkeys(examples))  # an answer that stays as it was is scored once
+        odd = dict(zip(distinct, self.losses(self.base, distinct).tolist(), strict=True))
+        oddness = iter(odd[example] for example in examples)
         return {
             "answers": _by_kind(said),
             "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
-from helpers.activations import mean_activations
+from helpers.activations import ReadMean, mean_activations
 from helpers.artifacts import default_store
-from helpers.chat import Example
-from helpers.losses import evaluate_losses
+from helpers.chat import Example, batches
+from helpers.interventions import applied
+from helpers.losses import sequence_losses
 from helpers.methods.refusal_redistribution import PoolShares, Redistribution, balanced_batches
 from helpers.models import LoRA, Model, load, release_memory
 from helpers.params import RefusalParams
@@ -45,7 +46,7 @@ class SentimentExperiment:
         self.store = default_store()
         self.train, self.train_labels = _reviews(params, "train")
         self.test, self.test_labels = _reviews(params, "test")
-        self.base: Model = load(params.sentiment_model, device=params.device, dtype=params.dtype, frozen=True)
+        self.base: Model = load(params.sentiment_model, device=params.device, dtype=params.dtype, held=True)
 
     def states(self, weight: float | None) -> ReviewStates:
         """The model as it is (None), or finetuned with the mean matching at this weight (0: on language alone)."""
@@ -71,10 +72,22 @@ class SentimentExperiment:
     def _states(self, weight: float | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         release_memory()
         model = self.base if weight is None else self._finetuned(weight)
-        read = [self._examples(texts) for texts in (self.train, self.test)]
-        layer = [model.layers - 1]
-        train, test = (mean_activations(model, examples, layers=layer)[0] for examples in read)
-        return {"train": train, "test": test, "losses": evaluate_losses(model, read[1])}, {}
+        test, losses = self._states_and_losses(model, self._examples(self.test))
+        train = mean_activations(model, self._examples(self.train), layers=[model.layers - 1])[0]
+        return {"train": train, "test": test, "losses": losses}, {}
+
+    @torch.no_grad()
+    def _states_and_losses(
+        self, model: Model, examples: Sequence[Example]
+    ) -> tuple[Float[Tensor, "example d_model"], Float[Tensor, " example"]]:
+        """Mean states of the last block and response losses, from one pass."""
+        last, means = model.layers - 1, dict[int, Tensor]()
+        states, losses = torch.empty(len(examples), model.width), torch.empty(len(examples))
+        with applied(model, ReadMean([last], "response", means)):
+            for batch in batches(examples, 32, model.tokenizer.pad_token_id):
+                losses[list(batch.rows)] = sequence_losses(model, batch).cpu()
+                states[list(batch.rows)] = means[last].cpu()
+        return states, losses
 
     def _finetuned(self, weight: float) -> Model:
         p = self.params
@@ -104,7 +117,8 @@ class SentimentExperiment:
             extra_loss=extra if weight else None,
             label=f"matching means, weight {weight:g}",
         )
-        return model
+        trained = model.trained_tensors()
+        return load(p.sentiment_model, device=p.device, dtype=p.dtype, finetuned=[trained], held=True)
 
     def _examples(self, texts: Sequence[str]) -> list[Example]:
         """Plain text without a chat template; padding carries no loss (in the source's code it does)."""

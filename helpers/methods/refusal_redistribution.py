@@ -27,6 +27,7 @@ from torch import Tensor
 
 from helpers.chat import Batch, Example, collate
 from helpers.interventions import Hook, resid_post
+from helpers.losses import response_logits
 from helpers.models import Model
 
 Norm = Literal["L1", "L2"]
@@ -325,14 +326,12 @@ def unembed(model: Model, normalised: Float[Tensor, "batch d_model"]) -> Float[T
 @torch.no_grad()
 def prompt_logits(model: Model, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     """Float32 next-token logits after each prompt; tokens after the longest prompt are not read."""
-    batch = batch.to(model.device)
-    ends = prompt_ends(batch)
-    longest = int(ends.max()) + 1
-    with model.reading(batch), model.autocast():
-        hidden = model.hf.base_model(
-            input_ids=batch.ids[:, :longest], attention_mask=batch.attention[:, :longest].long(), use_cache=False
-        )[0]
-        return unembed(model, hidden[torch.arange(len(ends), device=ends.device), ends])
+    after = prompt_ends(batch)[:, None] + 1
+    ids, attention = (
+        torch.nn.functional.pad(x, (0, 1))[:, : int(after.max()) + 1] for x in (batch.ids, batch.attention)
+    )
+    answer = torch.zeros_like(attention).scatter(1, after, True)
+    return response_logits(model, Batch(ids, attention, answer, batch.rows), share_prefix=True)
 
 
 def balanced_batches(
