@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from helpers.params import ParameterError, params_of
 
@@ -82,8 +83,6 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
     import nbformat
     import papermill
 
-    # a widget that shows the progress of loading a model would stay on the page, which would then ask for the network
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
     # Paths in the executed notebook count from the project's folder: it says nothing of this machine.
@@ -105,7 +104,7 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
                 progress_bar=True,
             )
         executed.metadata.papermill.output_path = target
-        nbformat.write(executed, part)
+        nbformat.write(_without_widgets(executed), part)
         part.write_text(part.read_text("utf-8").replace(f"{PROJECT}{os.sep}", ""), "utf-8")
         part.replace(output)
         failed.unlink(missing_ok=True)
@@ -117,6 +116,20 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
         ) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _without_widgets(notebook: Any) -> Any:
+    """An executed notebook whose cells show no widgets, such as the progress of loading a model.
+
+    They would stay on the page, which would ask the network for the scripts that draw them.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [
+                o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+            ]
+    notebook.metadata.pop("widgets", None)
+    return notebook
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,6 +43,18 @@ def test_a_notebook_is_executed_with_the_given_parameters_and_names_no_absolute_
     assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
 
 
+def test_progress_drawn_as_a_widget_is_left_out_since_a_page_would_ask_the_network_for_scripts(notebook, tmp_path):
+    drawn = nbformat.read(notebook, as_version=4)
+    bar = "from tqdm.notebook import tqdm\nfor _ in tqdm(range(2)):\n    pass\nprint('done')"
+    drawn.cells.append(nbformat.v4.new_code_cell(bar))
+    nbformat.write(drawn, notebook)
+    output = tmp_path / "out.ipynb"
+    run(notebook, output, "-p", "layer", "1")
+    executed = nbformat.read(output, as_version=4)
+    assert [o.output_type for o in executed.cells[-1].outputs] == ["stream"]
+    assert "widget" not in output.read_text()
+
+
 def test_a_failing_cell_gives_one_sentence_and_keeps_the_partial_notebook(notebook, tmp_path):
     output = tmp_path / "out.ipynb"
     with pytest.raises(SystemExit) as stopped:
