@@ -114,10 +114,10 @@ def chapter_map(described: Mapping[str, Any], notebooks: Mapping[str, Any], runs
 
 
 def command(chapter: str, option: str) -> str:
-    """The command that reruns a chapter with one parameter changed."""
+    """The command that reruns a chapter with one parameter changed, on two lines: one would not fit a page's width."""
     number = chapter.split("_")[0]
-    start = f"python -m helpers execute notebooks/{chapter}.ipynb --output {number}.ipynb --results results/{number}"
-    return f"{start} {option}".rstrip()
+    rest = f"--output {number}.ipynb --results results/{number} {option}".rstrip()
+    return f"python -m helpers execute notebooks/{chapter}.ipynb \\\n    {rest}"
 
 
 def parameters(notebooks: Mapping[str, Any]) -> str:
