@@ -557,6 +557,7 @@ _REFUSAL_QUICK = {
     "align_steps": 140,
     "data": "bundled",
     "conditions": ("LM+KD", "L1+KD", "Cov+KD"),
+    "start_requests": 60,
     "requests": 16,
     "prompts": 32,
     "scored_on": 12,
@@ -616,6 +617,7 @@ class RefusalParams(AlignedParams):
             **_REFUSAL_QUICK,
             "model": "tiny-random",
             "align_steps": 2,
+            "start_requests": 8,
             "requests": 6,
             "prompts": 4,
             "scored_on": 4,
@@ -638,6 +640,7 @@ class RefusalParams(AlignedParams):
             "data": "wildguardmix",
             "steps": 2000,
             "learning_rate": 2e-5,
+            "start_requests": 100,
             "requests": 100,
             "max_new_tokens": 256,
             "reviews": "imdb",
@@ -654,6 +657,9 @@ class RefusalParams(AlignedParams):
         min_length=1,
         description="losses that the start model is trained on under, each then attacked",
         json_schema_extra=EACH,
+    )
+    start_requests: int = Field(
+        ge=2, le=1000, description="test requests of each kind that show what was taught", json_schema_extra=LITTLE
     )
     requests: int = Field(
         ge=2, le=1000, description="test requests of each kind that every model answers", json_schema_extra=TIME

@@ -110,7 +110,10 @@ class RefusalExperiment:
         self.params = params
         self.base: Model = load(params.model, device=params.device, dtype=params.dtype, held=True)
         self.store = default_store()
-        self.train, self.test = _requests(params)
+        self.train, others = _requests(params)
+        self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
+        """What base and start model are compared on, which costs little: more than the attacked models answer."""
+        self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
         self.refusal_ids = [self.base.tokenizer.encode("I", add_special_tokens=False)[0]]
         """A refusal is recognised by its first token: every written one begins with "I"."""
 
@@ -188,13 +191,13 @@ class RefusalExperiment:
         """The requests in the model's chat template, up to where the answer begins."""
         return [encode(self.base.tokenizer, text) for text in requests]
 
-    def answers(self, model: Model, kind: Kind) -> list[str]:
-        """Greedy answers to the test requests of a kind."""
+    def answers(self, model: Model, requests: Sequence[str]) -> list[str]:
+        """A greedy answer to each request."""
         artifact = self.store.get(
             "refusal-answers",
-            lambda: ({}, {"answers": self._said(model, self.test[kind])}),
+            lambda: ({}, {"answers": self._said(model, requests)}),
             parameters={
-                "requests": self.test[kind],
+                "requests": list(requests),
                 "max_new_tokens": self.params.max_new_tokens,
                 **self.base.arithmetic,
             },
@@ -243,7 +246,9 @@ class RefusalExperiment:
         answers = iter(self._said(model, asked * len(bases), (each(asked),)))
         said = [{kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED} for _ in bases]
         divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
-        examples = [example for row in said for kind in ATTACKED for example in self.examples(kind, row[kind])]
+        examples = [
+            example for row in said for kind in ATTACKED for example in self.examples(self.test[kind], row[kind])
+        ]
         distinct = list(dict.fromkeys(examples))  # an answer that stays as it was is scored once
         odd = dict(zip(distinct, self.losses(self.base, distinct).tolist(), strict=True))
         oddness = iter(odd[example] for example in examples)
@@ -253,9 +258,9 @@ class RefusalExperiment:
             "oddness": _by_kind([{kind: [next(oddness) for _ in self.test[kind]] for kind in ATTACKED} for _ in said]),
         }
 
-    def examples(self, kind: Kind, answers: Sequence[str]) -> list[Example]:
-        """The test requests of a kind with a model's answers."""
-        pairs = zip(self.test[kind], answers, strict=True)
+    def examples(self, requests: Sequence[str], answers: Sequence[str]) -> list[Example]:
+        """Requests with a model's answers."""
+        pairs = zip(requests, answers, strict=True)
         return [encode(self.base.tokenizer, request, answer) for request, answer in pairs]
 
     def losses(self, model: Model, examples: Sequence[Example]) -> Float[np.ndarray, " example"]:
@@ -341,7 +346,7 @@ def _by_kind(rows: Sequence[Mapping[Kind, list[Any]]]) -> dict[str, list[list[An
 
 
 def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:
-    """Training and test requests by kind; harmful and harmless ones are equally many."""
+    """Training and held-out requests by kind; harmful and harmless ones are equally many."""
     kinds: tuple[Kind, ...] = get_args(Kind)
     train: dict[Kind, list[str]] = {}
     test: dict[Kind, list[str]] = {k: [row.request for row in corpora.load_refusal(k, "test")] for k in kinds}
@@ -354,4 +359,4 @@ def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, 
         size = min(map(len, of_kind.values()))
         for k, texts in of_kind.items():
             train[k], test[k] = texts[size // 5 : size], texts[: size // 5]
-    return train, {kind: texts[: params.requests] for kind, texts in test.items()}
+    return train, test

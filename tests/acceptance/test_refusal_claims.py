@@ -6,10 +6,7 @@ Models and answers are the chapter's own, so where the book has been built they 
 
 import pytest
 
-from helpers.chat import encode
-from helpers.corpora import load_refusal
 from helpers.experiments.refusal import RefusalExperiment
-from helpers.generation import generate
 from helpers.judges import is_refusal
 from helpers.methods.refusal_attack import SUPPRESSED
 from helpers.params import RefusalParams
@@ -23,18 +20,10 @@ def chapter():
 
 
 @pytest.fixture(scope="module")
-def start(chapter):
-    return chapter.model("start")
-
-
-@pytest.fixture(scope="module")
-def refused(start):
+def refused(chapter):
     """Share of all test requests of a kind that the start model refuses."""
-    found = {}
-    for kind in ("harmful", "harmless"):
-        prompts = [encode(start.tokenizer, row.request) for row in load_refusal(kind, "test")]
-        found[kind] = is_refusal(generate(start, prompts, max_new_tokens=16)).mean()
-    return found
+    start = chapter.model("start")
+    return {kind: is_refusal(chapter.answers(start, asked)).mean() for kind, asked in chapter.held_out.items()}
 
 
 def test_the_start_model_tells_held_out_harmful_requests_from_harmless_ones(refused):

@@ -1,5 +1,7 @@
 """The start model, its conditions, the attack and the sentiment runs are of the right data, and made once."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from helpers import corpora
 from helpers.chat import encode
 from helpers.experiments import alignment, refusal
 from helpers.experiments.alignment import Recipe, align
-from helpers.experiments.refusal import ATTACKED, RefusalExperiment, redistribution
+from helpers.experiments.refusal import ATTACKED, Kind, RefusalExperiment, redistribution
 from helpers.experiments.sentiment import SentimentExperiment
 from helpers.generation import generate
 from helpers.interventions import Ablate
@@ -158,6 +160,26 @@ def test_another_seed_is_another_model(exp):
     assert first == again != other
 
 
+# What is asked, and what is answered
+
+
+def test_the_start_model_is_judged_on_more_held_out_requests_than_the_attacked_ones_answer(exp):
+    asked = {kind: (len(exp.held_out[kind]), len(exp.test[kind])) for kind in get_args(Kind)}
+    assert set(asked.values()) == {(exp.params.start_requests, exp.params.requests)}
+    for kind, texts in exp.test.items():
+        assert texts == exp.held_out[kind][: len(texts)]
+        assert not set(exp.train.get(kind, ())) & set(exp.held_out[kind])
+
+
+def test_answers_are_the_models_own_to_the_requests_given(exp, start):
+    requests = exp.held_out["paired"][:3]
+    said = exp.answers(start, requests)
+    assert said == generate(start, exp.prompts(requests), max_new_tokens=exp.params.max_new_tokens)
+    assert exp.examples(requests, said) == [
+        encode(exp.base.tokenizer, request, answer) for request, answer in zip(requests, said, strict=True)
+    ]
+
+
 # The attack, judged
 
 
@@ -239,12 +261,15 @@ def test_both_sentiments_are_equally_often_in_both_splits(feelings):
     assert not set(feelings.train) & set(feelings.test)
 
 
-def test_states_are_means_over_a_reviews_tokens_in_the_last_block(feelings):
+def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_over_its_tokens(feelings):
     found = feelings.states(None)
     model = feelings.base
     ids = torch.tensor([feelings._examples(feelings.test[:1])[0].ids])
     with torch.no_grad():
-        _, cache = model.bridge.run_with_cache(ids)
+        logits, cache = model.bridge.run_with_cache(ids)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    assert found.losses[0] == pytest.approx(loss.item(), abs=1e-5)
+    assert found.losses.shape == (40,)
     last = cache[f"blocks.{model.layers - 1}.hook_resid_post"][0]
     np.testing.assert_allclose(found.test[0], last[1:].mean(0), atol=1e-5)
     assert found.train.shape == found.test.shape == (40, model.width)
