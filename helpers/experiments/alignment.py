@@ -24,8 +24,7 @@ from helpers.training import finetune
 class Recipe:
     """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
 
-    steps: int = 84
-    """Every harmless request is met about once."""
+    steps: int = 140
     batch_size: int = 16
     learning_rate: float = 4e-4
     rank: int = 32
@@ -65,7 +64,6 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
             steps=recipe.steps,
             learning_rate=recipe.learning_rate,
             seed=recipe.seed,
-            share_prefix=True,
             label="teaching refusal",
         )
         return model.trained_tensors(), {"loss": log.losses[-1], "seconds": log.seconds}
