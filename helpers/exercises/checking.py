@@ -1,5 +1,6 @@
 """What the checks of all chapters share: comparing an answer, asking a question, saying what came out."""
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ COLUMNS = 66
 def check_choice(choice: str | None, question: str, right: str, replies: Mapping[str, str]) -> None:
     """Ask a multiple-choice question (choice None), or say what speaks for or against the letter chosen."""
     if choice is None:
-        for line in question.splitlines():
+        for line in re.sub(r"(?<!\n)\n(?!\n|[a-z]\))", " ", question).splitlines():
             print(textwrap.fill(line, COLUMNS, subsequent_indent="   " if line[1:2] == ")" else ""))
         return
     answer = choice.strip().lower().rstrip(").")

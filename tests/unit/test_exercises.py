@@ -3,6 +3,7 @@
 import inspect
 import math
 import statistics
+import textwrap
 
 import numpy as np
 import pytest
@@ -354,6 +355,7 @@ def test_a_question_is_asked_without_giving_the_answer(ask, capsys):
     assert [line[:3] for line in options.splitlines() if line[0] != " "] == ["a) ", "b) ", "c) ", "d) "]
     assert "Right" not in said
     assert max(len(line) for line in said.splitlines()) <= 66
+    assert asked == textwrap.fill(asked, 66)  # no line ends early, wherever the source's lines end
 
 
 @pytest.mark.parametrize("ask", QUESTIONS, ids=lambda ask: ask.__name__)
