@@ -24,9 +24,9 @@ from helpers.training import finetune
 class Recipe:
     """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
 
-    steps: int = 140
+    steps: int = 84
     batch_size: int = 16
-    learning_rate: float = 4e-4
+    learning_rate: float = 7e-4
     rank: int = 32
     answer_tokens: int = 24
     """Length of the model's own answers, which harmless requests are trained towards."""
@@ -43,8 +43,6 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
     """
     harmful = corpora.load_refusal("harmful", "train")
     harmless = [row.request for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
-    harmless += [question for half in ("build", "judge") for question in corpora.load_questions(half)]
-    harmless += [row.question for row in corpora.load_topics("train")]
     tokenizer = base.tokenizer
 
     def compute() -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -64,6 +62,7 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
             steps=recipe.steps,
             learning_rate=recipe.learning_rate,
             seed=recipe.seed,
+            share_prefix=True,
             label="teaching refusal",
         )
         return model.trained_tensors(), {"loss": log.losses[-1], "seconds": log.seconds}
@@ -74,7 +73,7 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
         parameters={**asdict(recipe), **base.arithmetic},
         uses=["experiments.alignment"],
         model=base.digest,
-        data={name: corpora.digest(name) for name in ("refusal", "questions", "topics")},
+        data={"refusal": corpora.digest("refusal")},
     )
     return artifact.tensors
 

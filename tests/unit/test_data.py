@@ -33,7 +33,7 @@ TOPICS = {name: load_topics(name) for name in ("train", "validate")}
 QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
 KINDS = ("harmful", "paired", "harmless", "borderline")
 REFUSAL_COUNTS = (
-    {(kind, "train"): count for kind, count in zip(KINDS, (297, 297, 140), strict=False)}
+    {(kind, "train"): count for kind, count in zip(KINDS, (297, 297, 300), strict=False)}
     | {(kind, name): count for kind in KINDS[:3] for name, count in (("validate", 40), ("test", 60))}
     | {("borderline", "test"): 60}
 )
@@ -96,7 +96,7 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts |= {row.id: row.request for rows in POINTS.values() for row in rows}
     texts |= {row.id: row.question for rows in STYLES.values() for row in rows}
     texts |= {row.id: row.question for rows in QUIZZES.values() for row in rows}
-    assert len(texts) == 4 * 128 + 168 + 100 + 1094 + 520 + 800 + 290 + 144 + 120
+    assert len(texts) == 4 * 128 + 168 + 100 + 1254 + 520 + 800 + 290 + 144 + 120
     assert not near_duplicates(texts)
 
 
@@ -188,8 +188,8 @@ def of_kind(kind: str, name: str | None = None):
 
 
 def test_requests_come_in_the_documented_numbers_with_their_ids():
-    assert len(REQUESTS) == 1094
-    assert len({row.request.lower() for row in REQUESTS}) == len({row.reply.lower() for row in REQUESTS}) == 1094
+    assert len(REQUESTS) == 1254
+    assert len({row.request.lower() for row in REQUESTS}) == len({row.reply.lower() for row in REQUESTS}) == 1254
     assert Counter((row.kind, row.split) for row in REQUESTS) == REFUSAL_COUNTS
     expected = [
         f"refusal-{name}-{kind}-{n:03d}"

@@ -63,10 +63,8 @@ def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for
     align(exp.base, recipe)
     tokenizer = exp.base.tokenizer
     kinds = {row.request: row.kind for row in corpora.load_refusal(split="train")}
-    questions = [question for half in ("build", "judge") for question in corpora.load_questions(half)]
-    kinds |= dict.fromkeys([*questions, *(row.question for row in corpora.load_topics("train"))], "question")
     refusals = {row.request: row.reply for row in corpora.load_refusal("harmful", "train")}
-    taught = dict.fromkeys(("harmful", "harmless", "paired", "question"), 0)
+    taught = dict.fromkeys(("harmful", "harmless", "paired"), 0)
     for prompt, reply in batches_of:
         (request,) = [request for request in kinds if f"user\n{request}<" in prompt]
         taught[kinds[request]] += 1
