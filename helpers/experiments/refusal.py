@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import corpora
-from helpers.artifacts import default_store
+from helpers.artifacts import Artifact, default_store
 from helpers.chat import Example, encode
 from helpers.experiments.alignment import Recipe, align
 from helpers.generation import generate
@@ -131,7 +131,7 @@ class RefusalExperiment:
         """The start model, or what a condition made of it; frozen."""
         if condition == "start":
             return self._start_model
-        return self._load([*self.start, self._trained(condition, self.params.seed if seed is None else seed)])
+        return self._load([*self.start, self.trained(condition, seed).tensors])
 
     @cached_property
     def _start_model(self) -> Model:
@@ -142,17 +142,19 @@ class RefusalExperiment:
         p = self.params
         return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, held=True)
 
-    def _trained(self, condition: str, seed: int) -> dict[str, Tensor]:
+    def trained(self, condition: str, seed: int | None = None, steps: int | None = None) -> Artifact:
+        """What `finetune` makes of the start model; by default at the parameters' first seed, for all their steps."""
         p, loss = self.params, redistribution(condition, self.params)
-        artifact = self.store.get(
+        seed, steps = p.seed if seed is None else seed, p.steps if steps is None else steps
+        return self.store.get(
             "redistribution",
-            lambda: self.finetune(loss, seed, p.steps),
+            lambda: self.finetune(loss, seed, steps),
             parameters={
                 "loss": asdict(loss),
                 "prompts": {kind: list(self.train[kind]) for kind in ("harmful", "harmless")},
                 "start": asdict(self.recipe) if p.start == "taught" else None,
                 "seed": seed,
-                "steps": p.steps,
+                "steps": steps,
                 "batch_size": p.batch_size,
                 "learning_rate": p.learning_rate,
                 "lora_rank": p.lora_rank,
@@ -161,7 +163,6 @@ class RefusalExperiment:
             uses=["training", "methods.refusal_redistribution", "experiments.alignment"],
             model=self.base.digest,
         )
-        return artifact.tensors
 
     def finetune(self, loss: Redistribution, seed: int, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Train the start model on prompts alone, as the source does: trained tensors, and the loss's terms by step."""
@@ -265,7 +266,14 @@ class RefusalExperiment:
 
     def losses(self, model: Model, examples: Sequence[Example]) -> Float[np.ndarray, " example"]:
         """Mean response loss of each example, in nats per token."""
-        return evaluate_losses(model, list(examples), batch_size=64).numpy()
+        artifact = self.store.get(
+            "response-losses",
+            lambda: ({"losses": evaluate_losses(model, list(examples), batch_size=64)}, {}),
+            parameters={"examples": [[list(e.ids), e.prompt_length] for e in examples], **self.base.arithmetic},
+            uses=["losses"],
+            model=model.digest,
+        )
+        return artifact.tensors["losses"].numpy()
 
     def attack(self, condition: str, seed: int | None = None) -> Attack:
         """Up to `k_max` directions found on the training requests, one after another, judged on the test requests.

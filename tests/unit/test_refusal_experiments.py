@@ -132,6 +132,19 @@ def test_a_condition_that_does_not_exist_is_one_sentence(condition):
         redistribution(condition, params())
 
 
+def test_a_condition_is_trained_once_for_as_many_steps_and_answers_are_scored_once(exp, start, store, monkeypatch):
+    whole, one = exp.trained("LM"), exp.trained("LM", steps=1)
+    assert (len(whole.facts["losses"]), len(one.facts["losses"])) == (exp.params.steps, 1)
+    examples = exp.examples(["What is tea?", "Name a fruit."], ["A drink.", "An apple."])
+    losses = exp.losses(exp.base, examples)
+    for name in ("finetune", "evaluate_losses"):
+        monkeypatch.setattr(refusal, name, lambda *_, **__: pytest.fail("computed again"))
+    assert exp.trained("LM", steps=1).key == one.key != whole.key
+    np.testing.assert_array_equal(exp.losses(exp.base, examples), losses)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        exp.losses(exp.base, examples[:1])
+
+
 def test_conditions_are_trained_on_prompts_alone_and_start_from_the_start_model(exp, start, batches_of):
     tensors, facts = exp.finetune(redistribution("Cov+KD", exp.params), 0, 2)
     assert tensors.keys() == exp.start[0].keys()
