@@ -48,7 +48,8 @@ def generate(
         todo = batches(rest, batch_size, model.tokenizer.pad_token_id, side="left")
         start = None
         if kinds is not None and shared:
-            start = model.read_start(prompts[0].ids[:shared], [kinds.index(kind) for kind in range(max(kinds) + 1)])
+            rows = [kinds.index(kind) for kind in range(max(kinds) + 1)]
+            start = model.read_start(prompts[0].ids[:shared], rows).past_key_values
         for batch in tqdm(todo, desc=label, leave=False, unit="batch", disable=len(todo) < 2):
             batch = batch.to(model.device)
             ids, mask = batch.ids, batch.attention.long()

@@ -22,6 +22,11 @@ from helpers.chat import Where
 from helpers.models import Model
 
 Hook = tuple[str, Any]
+"""A hook point and a function of (activation, hook).
+
+A function with an attribute `reads_parts = True` may be shown what all rows of a batch begin with apart from the rest;
+any other is shown whole rows.
+"""
 
 
 @runtime_checkable

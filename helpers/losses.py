@@ -27,11 +27,12 @@ def token_losses(
 ) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
     """Cross-entropy in nats of every response token, and the row of the batch that each belongs to.
 
-    The vocabulary is most of a small model's output cost, so hidden states are selected before they meet it.
+    The vocabulary is most of a small model's output cost, so hidden states are selected before they meet it. Arguments
+    are those of `response_logits`.
     """
     batch = batch.to(model.device)
-    logits = response_logits(model, batch, share_prefix=share_prefix, states=states, past=past)
-    losses = torch.nn.functional.cross_entropy(logits, batch.ids[batch.response], reduction="none")
+    logits, targets, which = _distinct(model, batch, share_prefix, states, past)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")[which]
     return losses, batch.predicting.nonzero()[:, 0]
 
 
@@ -46,36 +47,61 @@ def response_logits(
     """Float32 logits at the positions that predict a response token, row after row of the batch.
 
     With `share_prefix`, what all rows begin with (a system message) is read once and its keys and values are shared,
-    which differs from reading it in every row by rounding alone. Not while a hook is on: a hook expects whole rows.
+    which differs from reading it in every row by rounding alone. Not while a hook is on: it expects whole rows, unless
+    it says that it `reads_parts` (`interventions.Hook`).
     With `states` the first block reads these instead of the tokens' embeddings; they are those of the tokens that
     follow `past`, a key-value cache, if there is one.
     """
-    batch = batch.to(model.device)
+    logits, _, which = _distinct(model, batch.to(model.device), share_prefix, states, past)
+    return logits if len(which) == len(logits) else logits[which]
+
+
+def _distinct(
+    model: Model,
+    batch: Batch,
+    share_prefix: bool,
+    states: Float[Tensor, "batch pos d_model"] | None,
+    past: Any,
+) -> tuple[Float[Tensor, "distinct vocabulary"], Int[Tensor, " distinct"], Int[Tensor, " token"]]:
+    """Logits and the tokens that they should predict, those of a shared beginning once, and which of them is whose."""
     shared = _shared_prefix(model, batch) if share_prefix and states is None else 0
     if past is not None:
         shared = past.get_seq_length()
-    read = model.hf.base_model
     given = {"input_ids": batch.ids[:, shared:]} if states is None else {"inputs_embeds": states}
     inputs = {**given, "attention_mask": batch.attention.long(), "use_cache": False}
-    with model.reading(batch), model.autocast():
+    predicting, following = batch.predicting, torch.nn.functional.pad(batch.ids[:, 1:], (0, 1))
+    hidden, targets = [], []
+    with model.autocast():
         if shared and past is None:
-            past = repeated(model.read_start(batch.ids[0, :shared].tolist()), len(batch.rows))
+            begun = model.read_start(batch.ids[0, :shared].tolist())
+            past = repeated(begun.past_key_values, len(batch.rows))
+            hidden.append(begun[0][0, predicting[0, :shared]])
+            targets.append(following[0, :shared][predicting[0, :shared]])
         if past is not None:
             inputs |= {"past_key_values": past, "use_cache": True}
-        hidden = read(**inputs)[0]
-        logits = model.hf.get_output_embeddings()(hidden[batch.predicting[:, shared:]])
+        with model.reading(batch):
+            hidden.append(model.hf.base_model(**inputs)[0][predicting[:, shared:]])
+        targets.append(following[:, shared:][predicting[:, shared:]])
+        logits = model.hf.get_output_embeddings()(torch.cat(hidden))
         cap = getattr(model.hf.config, "final_logit_softcapping", None)
         if cap:
             logits = cap * torch.tanh(logits / cap)
-    return logits.float()
+    start, counts = sum(map(len, hidden[:-1])), predicting[:, shared:].sum(1).tolist()
+    own = torch.arange(start, len(logits), device=model.device).split(counts)
+    once = torch.arange(start, device=model.device)
+    return logits.float(), torch.cat(targets), torch.cat([part for rest in own for part in (once, rest)])
 
 
 def _shared_prefix(model: Model, batch: Batch) -> int:
-    """How many tokens all rows begin with, up to the first that predicts a response; 0 where sharing does not pay."""
-    if len(batch.rows) < 2 or any(point.has_hooks() for point in model.bridge.hook_dict.values()):
+    """How many tokens all rows begin with and predict alike; 0 where that pays little or a hook needs whole rows."""
+    points = model.bridge.hook_dict.values()
+    hooks = [handle.user_hook for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+    if len(batch.rows) < 2 or not all(getattr(hook, "reads_parts", False) for hook in hooks):
         return 0
-    alike = ((batch.ids == batch.ids[0]) & batch.attention & ~batch.predicting).all(0)
-    length = int(alike.cumprod(0).sum())
+    same = (batch.ids == batch.ids[0]) & batch.attention
+    predicting = batch.predicting
+    alike = (predicting == predicting[0]) & (~predicting | torch.nn.functional.pad(same[:, 1:], (0, 1)))
+    length = int((same & alike).all(0)[:-1].cumprod(0).sum())
     return length if length >= WORTH_SHARING else 0
 
 

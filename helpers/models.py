@@ -131,14 +131,14 @@ class Model:
             stack.layers, stack.norm = layers, norm
 
     def read_start(self, ids: Sequence[int], rows: Sequence[int] = (0,)) -> Any:
-        """The key-value cache after these tokens: what many prompts begin with is read once.
+        """States of these tokens and the key-value cache after them: what many prompts begin with is read once.
 
         Or once for each of `rows`, where an intervention does something else to each.
         """
         tokens = torch.tensor([list(ids)] * len(rows), device=self.device)
         attended = torch.ones_like(tokens, dtype=torch.bool)
         with self.reading(Batch(tokens, attended, ~attended, tuple(rows))):
-            return self.hf.base_model(input_ids=tokens, use_cache=True).past_key_values
+            return self.hf.base_model(input_ids=tokens, use_cache=True)
 
     def reads_none_of(self, where: Where, length: int) -> bool:
         """Whether the pass now running is a decoding step and `where` is in the prompt: nothing is to be done."""

@@ -47,8 +47,7 @@ def finetune(
     """Train `model`'s trainable parameters in place with AdamW, linear warm-up and linear decay.
 
     `share_prefix` reads what a batch's rows begin with once (`losses.response_logits`): the same gradients but for
-    rounding, at a fraction of the cost where a system message outweighs short requests. Not for losses or
-    interventions that look at whole rows.
+    rounding, at a fraction of the cost where a system message outweighs short requests.
 
     Raises `ValueError` if nothing is trainable, or if the loss stops being finite: the step that would have spread
     it is not taken.

@@ -116,6 +116,7 @@ class RefusalExperiment:
         self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
         self.refusal_ids = [self.base.tokenizer.encode("I", add_special_tokens=False)[0]]
         """A refusal is recognised by its first token: every written one begins with "I"."""
+        self._last: tuple[str, Model] | None = None
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -128,10 +129,14 @@ class RefusalExperiment:
         return [align(self.base, self.recipe)] if self.params.start == "taught" else []
 
     def model(self, condition: str, seed: int | None = None) -> Model:
-        """The start model, or what a condition made of it; frozen."""
+        """The start model, or what a condition made of it; frozen. The last one is kept for the next call."""
         if condition == "start":
             return self._start_model
-        return self._load([*self.start, self.trained(condition, seed).tensors])
+        trained = self.trained(condition, seed)
+        if self._last is None or self._last[0] != trained.key:
+            self._last = None  # two at a time would take memory
+            self._last = trained.key, self._load([*self.start, trained.tensors])
+        return self._last[1]
 
     @cached_property
     def _start_model(self) -> Model:
@@ -184,6 +189,7 @@ class RefusalExperiment:
             seed=seed,
             interventions=extra.interventions,
             extra_loss=extra,
+            share_prefix=True,
             label="redistributing",
         )
         return model.trained_tensors(), {"losses": list(log.losses), "terms": extra.records}

@@ -102,7 +102,7 @@ class PromptSet:
         once = model.weights_in(model.dtype, only_frozen_linear=True)
         with once, applied(model, *interventions), model.autocast():
             firsts = [copy * self.count for copy in range(self.copies)]
-            start = model.read_start(self.shared, firsts) if self.shared else None
+            start = model.read_start(self.shared, firsts).past_key_values if self.shared else None
             for batch in self.rest:
                 batch = batch.to(model.device)
                 mask = torch.nn.functional.pad(batch.attention.long(), (len(self.shared), 0), value=1)

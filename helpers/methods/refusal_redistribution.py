@@ -195,15 +195,21 @@ def distillation(
 
 @dataclass(frozen=True)
 class KeepStream:
-    """Keep every block's output in the graph, into `kept`: layer -> (batch, pos, d_model)."""
+    """Keep every block's output in the graph, into `kept`: layer -> (batch, pos, d_model).
+
+    Where a batch's common beginning is read apart (`losses.response_logits`), rows are put together again.
+    """
 
     kept: dict[int, Float[Tensor, "batch pos d_model"]]
 
     def hooks(self, model: Model) -> list[Hook]:
         def keeper(layer: int) -> Any:
             def keep(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+                if model.current is not None and h.shape[1] < model.current.ids.shape[1]:  # what follows the beginning
+                    h = torch.cat([self.kept[layer].expand(len(h), -1, -1), h], 1)
                 self.kept[layer] = h
 
+            keep.reads_parts = True  # type: ignore[attr-defined]
             return keep
 
         return [(resid_post(model, layer), keeper(layer)) for layer in range(model.layers)]
