@@ -5,7 +5,7 @@ import torch
 
 from helpers.chat import collate, encode
 from helpers.interventions import Steer
-from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses, token_losses
+from helpers.losses import evaluate_losses, response_logits, sequence_divergences, sequence_losses, token_losses
 from helpers.models import load
 
 PAD = 2
@@ -65,6 +65,61 @@ def test_what_all_rows_begin_with_is_read_once_and_the_losses_and_gradients_are_
     found = torch.autograd.grad(together.sum(), weights, retain_graph=True)
     for ours, expected in zip(found, torch.autograd.grad(sum(alone), weights), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_where_the_common_start_is_trained_on_too_its_losses_and_logits_are_those_of_each_row(tiny, same_start):
+    """Losses over full sequences: the start is read once, and what it predicts is scored once."""
+    batch, read, scored = collate([example.without_prompt() for example in same_start], PAD), [], []
+    hooks = [
+        tiny.hf.get_input_embeddings().register_forward_hook(lambda _, given, out: read.append(given[0].numel())),
+        tiny.hf.lm_head.register_forward_hook(lambda _, given, out: scored.append(out.shape[:-1].numel())),
+    ]
+    weights, found = [p for p in tiny.hf.parameters() if p.requires_grad], []
+    try:
+        for share in (True, False):
+            losses, rows = token_losses(tiny, batch, share_prefix=share)
+            found.append((losses.detach(), rows, torch.autograd.grad(losses.mean(), weights)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (shared, rows, ours), (apart, expected_rows, theirs) = found
+    start = read[0]
+    assert read == [start, 3 * (max(map(len, same_start)) - start), 3 * max(map(len, same_start))]
+    assert start > 8
+    assert scored[0] == scored[1] - 2 * start
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        logits = [response_logits(tiny, batch, share_prefix=share) for share in (True, False)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_the_same_sequence_twice_is_scored_twice(tiny, same_start):
+    with torch.no_grad():
+        one, other, alone = sequence_losses(tiny, collate([same_start[0].without_prompt()] * 2, PAD)).tolist() + (
+            sequence_losses(tiny, collate([same_start[0].without_prompt()], PAD)).tolist()
+        )
+    assert one == pytest.approx(alone, abs=1e-5)
+    assert other == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_hook_that_reads_parts_is_shown_the_start_and_the_rest(tiny, same_start):
+    seen, batch = [], collate(same_start, PAD)
+
+    def look(h, hook):
+        seen.append(tuple(h.shape[:2]))
+
+    look.reads_parts = True
+    with tiny.bridge.hooks(fwd_hooks=[("blocks.0.hook_resid_post", look)]):
+        sequence_losses(tiny, batch)
+        (one, start), rest = seen
+        assert one == 1
+        assert rest == (3, batch.ids.shape[1] - start)
+        with tiny.bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda h, hook: None)]):
+            sequence_losses(tiny, batch)  # the other hook says nothing of parts
+    assert seen[2:] == [tuple(batch.ids.shape)]
 
 
 def test_under_a_hook_every_row_is_read_whole(tiny, same_start):

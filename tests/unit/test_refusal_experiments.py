@@ -55,6 +55,19 @@ def batches_of(monkeypatch):
     return seen
 
 
+# The models
+
+
+def test_the_last_condition_asked_for_is_not_loaded_again(exp):
+    once = exp.model("LM+KD")
+    assert exp.model("LM+KD") is once
+    other = exp.model("L1+KD")
+    assert other.digest != once.digest
+    again = exp.model("LM+KD")
+    assert again is not once
+    assert again.digest == once.digest
+
+
 # The start model
 
 

@@ -307,6 +307,20 @@ def test_the_kept_stream_is_every_blocks_output_in_the_graph(tiny, chats, watch,
     assert hook_count(tiny) == before
 
 
+def test_rows_whose_common_start_is_read_apart_are_kept_whole(tiny, chats):
+    batch = collate([example.without_prompt() for example in chats[0]], PAD)
+    expected, _ = streams(tiny, batch)
+    kept, seen = {}, []
+    embedding = tiny.hf.get_input_embeddings()
+    reading = embedding.register_forward_hook(lambda _, given, out: seen.append(given[0].numel()))
+    with applied(tiny, KeepStream(kept)):
+        sequence_losses(tiny, batch)
+    reading.remove()
+    assert sum(seen) < batch.ids.numel()
+    for layer, states in kept.items():
+        torch.testing.assert_close(states[batch.attention], expected[layer][batch.attention], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("match", ["none", "mean", "covariance"])
 def test_the_extra_loss_is_what_a_direct_computation_gives(teacher, chats, match):
     model, examples = perturbed(), [*chats[0], *chats[1]]
