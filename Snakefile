@@ -109,12 +109,9 @@ rule execute:
             for name, value in given(wildcards.chapter).items()
         ),
         results=f"{TREE}/notebooks/{{chapter}}",
-        # what Snakemake would set decides how sums are rounded, and `helpers execute` by itself has it at all cores
-        environment="" if PRESET == "tiny" else "env -u OMP_NUM_THREADS -u MKL_NUM_THREADS OMP_WAIT_POLICY=PASSIVE",
-    # Two chapters at a time: together they take less than three quarters of the time that they take one by one. Both
-    # have threads on all cores, so those that wait must sleep. The large presets get all memory for one chapter.
-    threads: 1 if PRESET == "tiny" else -(-workflow.cores // 2) if PRESET == "quick" else workflow.cores
+    # Snakemake sets OMP_NUM_THREADS to this; a tiny model is done sooner beside another than on all cores
+    threads: 1 if PRESET == "tiny" else workflow.cores
     shell:
         "rm -rf {params.results} && "
-        "{params.environment} python -m helpers execute {input.notebook} --output {output.notebook} "
+        "python -m helpers execute {input.notebook} --output {output.notebook} "
         "--preset {PRESET} --results {params.results} {params.options}"

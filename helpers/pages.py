@@ -100,8 +100,7 @@ def chapter_map(described: Mapping[str, Any], notebooks: Mapping[str, Any], runs
     text = [
         "# Map",
         "What each chapter is about, what it takes, and where to begin. The minutes to run are those of the run that "
-        f"made this page (preset {' and '.join(made)}), from nothing or with stages that were stored before, "
-        "alone or beside another chapter; "
+        f"made this page (preset {' and '.join(made)}), from nothing or with stages that were stored before; "
         "{doc}`status` has the slowest cell of each.",
         _wide(markdown_table(header, rows)),
         "To rerun a chapter with its first change, from the project's folder, after `source .venv/bin/activate`; then "
