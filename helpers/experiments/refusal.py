@@ -198,20 +198,22 @@ class RefusalExperiment:
         """The requests in the model's chat template, up to where the answer begins."""
         return [encode(self.base.tokenizer, text) for text in requests]
 
-    def answers(self, model: Model, requests: Sequence[str]) -> list[str]:
-        """A greedy answer to each request."""
+    def answers(self, model: Model, requests: Mapping[Kind, Sequence[str]]) -> dict[Kind, list[str]]:
+        """A greedy answer to each request, by kind; all are generated together."""
+        asked = [text for texts in requests.values() for text in texts]
         artifact = self.store.get(
             "refusal-answers",
-            lambda: ({}, {"answers": self._said(model, requests)}),
+            lambda: ({}, {"answers": self._said(model, asked)}),
             parameters={
-                "requests": list(requests),
+                "requests": asked,
                 "max_new_tokens": self.params.max_new_tokens,
                 **self.base.arithmetic,
             },
             uses=["generation", "chat"],
             model=model.digest,
         )
-        return list(artifact.facts["answers"])
+        said = iter(artifact.facts["answers"])
+        return {kind: [next(said) for _ in texts] for kind, texts in requests.items()}
 
     def _said(self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()) -> list[str]:
         return generate(
@@ -219,7 +221,7 @@ class RefusalExperiment:
             self.prompts(requests),
             max_new_tokens=self.params.max_new_tokens,
             interventions=interventions,
-            batch_size=128,
+            batch_size=320,
         )
 
     def judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:

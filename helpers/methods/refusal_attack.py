@@ -18,6 +18,7 @@ where it was measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -295,6 +296,14 @@ class _Scorer:
         reads = PromptSet.of(model, harmless, batch_size=batch_size)
         self.before = reads.last_logits(model, ablating(self.ablated)).log_softmax(-1)
 
+    def on_some(self, share: float) -> _Scorer:
+        """The same on a share of the prompts, without reading again what harmless ones give before."""
+        bad, fine = (_spread(len(prompts), share) for prompts in (self.harmful, self.harmless))
+        part = copy(self)
+        part.harmful, part.harmless = [self.harmful[i] for i in bad], [self.harmless[i] for i in fine]
+        part.before = self.before[fine]
+        return part
+
     def score(
         self, candidates: Sequence[tuple[int, Float[Tensor, " d_model"]]], up_to: float = float("inf")
     ) -> list[tuple[float, float, float]]:
@@ -405,12 +414,13 @@ def score_by_screening(
     twice the limit of the KL. Raises as `score_exhaustively`.
     """
     screening = screening or Screening()
-    some_harmful, some_harmless = (_some(prompts, screening.share) for prompts in (harmful, harmless))
+    scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
+    part = scorer.on_some(screening.share)
     predicted = predict_scores(
         model,
         candidates,
-        some_harmful,
-        some_harmless,
+        part.harmful,
+        part.harmless,
         refusal_ids=refusal_ids,
         layers=layers,
         ablated=ablated,
@@ -418,15 +428,13 @@ def score_by_screening(
         batch_size=batch_size,
     )
     order = ranking(predicted, kl_limit)[: max(screening.wide, screening.exact)]
-    fewer = len(some_harmful) + len(some_harmless) < len(harmful) + len(harmless)
+    fewer = len(part.harmful) + len(part.harmless) < len(harmful) + len(harmless)
     hopeful = True
     if len(order) > screening.exact and fewer:
-        scorer = _Scorer(model, some_harmful, some_harmless, refusal_ids, ablated, batch_size)
-        found = scorer.score([(layers[i], candidates[i, j]) for i, j in order], up_to=2 * kl_limit)
+        found = part.score([(layers[i], candidates[i, j]) for i, j in order], up_to=2 * kl_limit)
         roughly = Scores.none(*candidates.shape[:2]).put(order, found)
         order = ranking(roughly, kl_limit)
         hopeful = bool(roughly.passing(2 * kl_limit).any())
-    scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
     scores = Scores.none(*candidates.shape[:2])
     for start in (0, screening.exact):
         places = order[start : start + screening.exact]
@@ -436,10 +444,10 @@ def score_by_screening(
     return scores
 
 
-def _some(prompts: Sequence[Example], share: float) -> list[Example]:
-    """A share of the prompts, at least four, spread evenly over the list."""
-    count = min(len(prompts), max(4, round(share * len(prompts))))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+def _spread(length: int, share: float) -> list[int]:
+    """Places of a share of `length` prompts, at least four, spread evenly over them."""
+    count = min(length, max(4, round(share * length)))
+    return [i * length // count for i in range(count)]
 
 
 def ranking(scores: Scores, kl_limit: float = KL_LIMIT) -> list[tuple[int, int]]:
@@ -584,7 +592,9 @@ def iterated_ablation(
     layers = attacked_layers(model) if settings.layers is None else settings.layers
     scored: dict[str, Any] = {"refusal_ids": refusal_ids, "layers": layers, "batch_size": settings.batch_size}
     count = settings.scored_on
-    bad, fine = (list(p) if count is None else _some(p, count / max(1, len(p))) for p in (harmful, harmless))
+    bad, fine = (
+        [p[i] for i in _spread(len(p), 1.0 if count is None else count / max(1, len(p)))] for p in (harmful, harmless)
+    )
     basis, steps = torch.zeros(0, model.width), list[Step]()
     if after is not None:
         after(0, basis)

@@ -6,7 +6,7 @@ Models and answers are the chapter's own, so where the book has been built they 
 
 import pytest
 
-from helpers.experiments.refusal import ATTACKED, RefusalExperiment
+from helpers.experiments.refusal import RefusalExperiment
 from helpers.judges import is_refusal
 from helpers.methods.refusal_attack import SUPPRESSED
 from helpers.params import RefusalParams
@@ -23,7 +23,7 @@ def chapter():
 def refused(chapter):
     """Share of all test requests of a kind that the start model refuses."""
     start = chapter.model("start")
-    return {kind: is_refusal(chapter.answers(start, chapter.held_out[kind])).mean() for kind in ATTACKED}
+    return {kind: is_refusal(said).mean() for kind, said in chapter.answers(start, chapter.held_out).items()}
 
 
 def test_the_start_model_tells_held_out_harmful_requests_from_harmless_ones(refused):

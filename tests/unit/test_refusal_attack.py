@@ -340,6 +340,16 @@ def test_if_none_of_the_best_passes_the_next_best_are_scored_too(tiny, prompts, 
         assert not scores.induce[scores.scored].isnan().any()
 
 
+def test_a_scorer_on_a_share_of_the_prompts_is_one_of_those_prompts(tiny, prompts, planted):
+    raw, tokens, _ = planted
+    ablated, candidates = orthonormal(random(2, WIDTH)), [(0, raw[0, 3]), (1, raw[1, 13])]
+    part = _Scorer(tiny, *prompts, tokens, ablated, batch_size=5).on_some(0.1)
+    assert (len(part.harmful), len(part.harmless)) == (4, 4)
+    assert set(part.harmful) < set(prompts[0])
+    apart = _Scorer(tiny, part.harmful, part.harmless, tokens, ablated, batch_size=5)
+    torch.testing.assert_close(torch.tensor(part.score(candidates)), torch.tensor(apart.score(candidates)))
+
+
 def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, planted, monkeypatch):
     raw, token, _ = planted
     counts = []

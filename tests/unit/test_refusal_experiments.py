@@ -196,12 +196,14 @@ def test_the_start_model_is_judged_on_more_held_out_requests_than_the_attacked_o
 
 
 def test_answers_are_the_models_own_to_the_requests_given(exp, start):
-    requests = exp.held_out["paired"][:3]
+    requests = {"paired": exp.held_out["paired"][:3], "harmful": exp.held_out["harmful"][:2]}
     said = exp.answers(start, requests)
-    assert said == generate(start, exp.prompts(requests), max_new_tokens=exp.params.max_new_tokens)
-    assert exp.examples(requests, said) == [
-        encode(exp.base.tokenizer, request, answer) for request, answer in zip(requests, said, strict=True)
-    ]
+    assert list(said) == list(requests)
+    for kind, asked in requests.items():
+        assert said[kind] == generate(start, exp.prompts(asked), max_new_tokens=exp.params.max_new_tokens)
+        assert exp.examples(asked, said[kind]) == [
+            encode(exp.base.tokenizer, request, answer) for request, answer in zip(asked, said[kind], strict=True)
+        ]
 
 
 # The attack, judged
