@@ -664,10 +664,10 @@ class RefusalParams(AlignedParams):
         json_schema_extra=EACH,
     )
     start_requests: int = Field(
-        ge=2, le=1000, description="test requests of each kind that show what was taught", json_schema_extra=LITTLE
+        ge=2, le=1000, description="test requests of each kind that models answer unattacked", json_schema_extra=TIME
     )
     requests: int = Field(
-        ge=2, le=1000, description="test requests of each kind that every model answers", json_schema_extra=TIME
+        ge=2, le=1000, description="test requests of each kind that every attack is judged on", json_schema_extra=TIME
     )
     prompts: int = Field(
         ge=2, le=1000, description="training requests of each kind behind a direction", json_schema_extra=TIME

@@ -112,7 +112,7 @@ class RefusalExperiment:
         self.store = default_store()
         self.train, others = _requests(params)
         self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
-        """What base and start model are compared on: without an attack answers cost little, so these can be more."""
+        """What models answer without an attack: answers cost little there, so these can be more."""
         self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
         self.refusal_ids = [self.base.tokenizer.encode("I", add_special_tokens=False)[0]]
         """A refusal is recognised by its first token: every written one begins with "I"."""

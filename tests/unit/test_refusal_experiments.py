@@ -187,7 +187,7 @@ def test_another_seed_is_another_model(exp):
 # What is asked, and what is answered
 
 
-def test_the_start_model_is_judged_on_more_held_out_requests_than_the_attacked_ones_answer(exp):
+def test_models_answer_more_held_out_requests_than_an_attack_is_judged_on(exp):
     asked = {kind: (len(exp.held_out[kind]), len(exp.test[kind])) for kind in get_args(Kind)}
     assert set(asked.values()) == {(exp.params.start_requests, exp.params.requests)}
     for kind, texts in exp.test.items():
