@@ -410,6 +410,8 @@ def score_by_screening(
 ) -> Scores:
     """Scores of the most promising candidates only, those of `score_exhaustively` but for rounding; NaN for the others.
 
+    The best of all need not be among them: the first sieve is of first order, and an ablation is not small.
+
     If none of the `exact` best passes the filters, the next `exact` are scored too, unless no rough score came within
     twice the limit of the KL. Raises as `score_exhaustively`.
     """
