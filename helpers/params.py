@@ -563,8 +563,8 @@ _REFUSAL_QUICK = {
     "scored_on": 12,
     "k_max": 8,
     "stride": 3,
-    "wide": 8,
-    "exact": 2,
+    "wide": 12,
+    "exact": 4,
     "steps": 12,
     "batch_size": 16,
     "learning_rate": 2e-4,
@@ -589,8 +589,8 @@ _REFUSAL_FULL = {
     "scored_on": 64,
     "k_max": 16,
     "stride": 1,
-    "wide": 30,
-    "exact": 6,
+    "wide": 36,
+    "exact": 12,
     "steps": 100,
     "max_new_tokens": 48,
     "sentiment_reviews": 200,
@@ -678,12 +678,12 @@ class RefusalParams(AlignedParams):
         ge=1, le=16, description="the attack looks for directions in every n-th block", json_schema_extra=LESS
     )
     wide: int = Field(
-        ge=1, le=1000, description="candidate directions left after first-order screening", json_schema_extra=TIME
+        ge=1, le=1000, description="candidate directions left after the first sieve", json_schema_extra=TIME
     )
     exact: int = Field(
         ge=1,
         le=1000,
-        description="candidate directions scored on all prompts, in each of two rounds",
+        description="candidate directions left after the second sieve",
         json_schema_extra=TIME,
     )
     steps: int = Field(ge=1, le=100_000, description="optimizer steps of a condition", json_schema_extra=TIME)

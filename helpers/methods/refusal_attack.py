@@ -7,9 +7,10 @@ refusal about when they are added. Mody et al. iterate: with D ablated, find the
 
 Context. Scoring every candidate costs two or three passes over all prompts each, and there are over a hundred.
 
-Intuition. To first order one backward pass says what the ablation of *any* direction does; a cheap exact score on a few
-prompts sorts the promising ones; only the best few are scored in full. What all prompts share at their start (the
-template's system message) is read once a candidate, not once a prompt, and several candidates are read in one pass.
+Intuition. One or two prompts tell most candidates from the good ones, so each is read by few candidates more than the
+last: all candidates are scored on a few prompts, the promising ones on more, only the best few on all. What all prompts
+share at their start (the template's system message) is read once a candidate, not once a prompt, and several candidates
+are read in one pass.
 
 Layer l is the output of block l. The source measures there and adds at the block's input; here a difference is added
 where it was measured.
@@ -18,8 +19,9 @@ where it was measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import inf, isnan
 from typing import Any, Literal
 
 import numpy as np
@@ -199,17 +201,14 @@ def candidate_directions(
 
 @dataclass(frozen=True)
 class _Keep:
-    """Put what passes the named points into `kept`; `leaf` is made the graph's beginning."""
+    """Put what passes the named points into `kept`."""
 
     names: dict[str, Any]
     kept: dict[Any, Float[Tensor, "batch pos d_model"]]
-    leaf: str | None = None
 
     def hooks(self, model: Model) -> list[Hook]:
         def keeper(point: str) -> Any:
             def keep(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-                if point == self.leaf:
-                    h = h.detach().requires_grad_()
                 self.kept[self.names[point]] = h
                 return h
 
@@ -230,7 +229,10 @@ class Scores:
     kl: Float[Tensor, "layer position"]
     """KL(without it || with it ablated) of the next token after harmless prompts, in nats, mean over prompts."""
     induce: Float[Tensor, "layer position"]
-    """Mean refusal log-odds of harmless prompts with the raw difference added after its layer."""
+    """Mean refusal log-odds of harmless prompts with the raw difference added after its layer.
+
+    NaN also where the KL exceeds the limit and screening did not need it.
+    """
 
     @property
     def scored(self) -> Bool[Tensor, "layer position"]:
@@ -239,18 +241,6 @@ class Scores:
     def passing(self, kl_limit: float = KL_LIMIT) -> Bool[Tensor, "layer position"]:
         """Candidates that leave harmless prompts alone and bring refusal about when added."""
         return (self.kl <= kl_limit) & (self.induce >= 0)
-
-    @classmethod
-    def none(cls, layers: int, positions: int) -> Scores:
-        """No candidate scored yet."""
-        return cls(*(torch.full((layers, positions), float("nan"), dtype=torch.float64) for _ in range(3)))
-
-    def put(self, places: Sequence[tuple[int, int]], found: Sequence[tuple[float, float, float]]) -> Scores:
-        """Note what was found at these places, and give the scores back."""
-        for place, triple in zip(places, found, strict=True):
-            for values, value in zip((self.log_odds, self.kl, self.induce), triple, strict=True):
-                values[place] = value
-        return self
 
 
 @dataclass(frozen=True)
@@ -277,74 +267,106 @@ def choose(scores: Scores, kl_limit: float = KL_LIMIT) -> Choice:
 
 
 class _Scorer:
-    """Exact scores of single candidates on given prompts, in the model with `ablated` projected out."""
+    """Exact scores of candidates in the model with `ablated` projected out, on more prompts from round to round.
+
+    Each of `rounds` is the least number of prompts of a kind and the share of them that it reads, in an order drawn
+    once. No candidate reads a prompt twice.
+    """
 
     def __init__(
         self,
         model: Model,
+        candidates: Float[Tensor, "layer position d_model"],
         harmful: Sequence[Example],
         harmless: Sequence[Example],
+        *,
         refusal_ids: Sequence[int],
-        ablated: Float[Tensor, "k d_model"] | None,
-        batch_size: int,
+        layers: Sequence[int],
+        ablated: Float[Tensor, "k d_model"] | None = None,
+        rounds: Sequence[tuple[int, float]] = ((1, 1.0),),
+        batch_size: int = 64,
     ) -> None:
         if not harmful or not harmless:
             raise ValueError(NO_PROMPTS)
-        self.model, self.refusal_ids = model, refusal_ids
-        self.harmful, self.harmless, self.batch_size = list(harmful), list(harmless), batch_size
+        self.model, self.refusal_ids, self.batch_size = model, refusal_ids, batch_size
+        self.harmful, self.harmless = _shuffled(harmful), _shuffled(harmless)
+        self.shape = candidates.shape[:2]
+        self.raw = candidates.float().cpu().flatten(0, 1)
+        self.layers = torch.tensor(layers).repeat_interleave(candidates.shape[1])
         self.ablated = torch.zeros(0, model.width) if ablated is None else ablated.float().cpu()
-        reads = PromptSet.of(model, harmless, batch_size=batch_size)
+        self.ends = [(_count(self.harmful, *this), _count(self.harmless, *this)) for this in rounds]
+        reads = PromptSet.of(model, self.harmless, batch_size=batch_size)
         self.before = reads.last_logits(model, ablating(self.ablated)).log_softmax(-1)
+        nothing = torch.full((len(self.raw), len(harmful) + 2 * len(harmless)), float("nan"), dtype=torch.float64)
+        self.log_odds, self.kl, self.induce = nothing.split([len(harmful), len(harmless), len(harmless)], 1)
+        self.read_ablated, self.read_added = ([0] * len(self.raw) for _ in range(2))
 
-    def on_some(self, share: float) -> _Scorer:
-        """The same on a share of the prompts, without reading again what harmless ones give before."""
-        bad, fine = (_spread(len(prompts), share) for prompts in (self.harmful, self.harmless))
-        part = copy(self)
-        part.harmful, part.harmless = [self.harmful[i] for i in bad], [self.harmless[i] for i in fine]
-        part.before = self.before[fine]
-        return part
+    def scores(self, which: Sequence[int], rounds: int = 1, up_to: float = inf) -> Scores:
+        """Means over the prompts of the first `rounds` rounds, for these candidates by their number.
 
-    def score(
-        self, candidates: Sequence[tuple[int, Float[Tensor, " d_model"]]], up_to: float = float("inf")
-    ) -> list[tuple[float, float, float]]:
-        """Log-odds, KL and induce of each (layer, raw difference).
-
-        The last is NaN where the KL exceeds `up_to`, since it decides nothing there.
+        `induce` stays NaN where the KL exceeds `up_to`, since it decides nothing there.
         """
-        count = len(self.harmful) + len(self.harmless)
-        found: list[tuple[float, float, float]] = []
-        for part in _chunks(candidates, max(1, ROWS_AT_ONCE // count)):
-            ablations = self._ablated([raw for _, raw in part])
-            fine = [candidate for candidate, (_, kl) in zip(part, ablations, strict=True) if kl <= up_to]
-            induced = iter(self._added(fine) if fine else [])
-            found += [(odds, kl, next(induced) if kl <= up_to else float("nan")) for odds, kl in ablations]
-        return found
+        which = list(which)
+        self._catch_up(self._ablate, self.read_ablated, which, rounds)
+        bad, fine = self.ends[rounds - 1]
+        kl = self.kl[:, :fine].mean(1)
+        gentle = [c for c in which if kl[c] <= up_to]
+        self._catch_up(self._add, self.read_added, gentle, rounds)
+        rows = torch.full((3, len(self.raw)), float("nan"), dtype=torch.float64)
+        rows[:2, which] = torch.stack([self.log_odds[:, :bad].mean(1), kl])[:, which]
+        rows[2, gentle] = self.induce[gentle, :fine].mean(1)
+        return Scores(*rows.view(3, *self.shape))
+
+    def _catch_up(
+        self, read: Callable[[Sequence[int], slice, slice], None], done: list[int], which: Sequence[int], rounds: int
+    ) -> None:
+        """Let candidates read what they have not yet of the first `rounds` rounds' prompts, many in a pass."""
+        for part, (begin, end) in enumerate(pairwise([(0, 0), *self.ends[:rounds]])):
+            bad, fine = (slice(*bounds) for bounds in zip(begin, end, strict=True))
+            todo = [c for c in which if done[c] == part]
+            rows = len(self.harmful[bad]) + len(self.harmless[fine])
+            for some in _chunks(todo, max(1, ROWS_AT_ONCE // rows)) if rows else ():
+                read(some, bad, fine)
+            for c in todo:
+                done[c] = part + 1
 
     @torch.no_grad()
-    def _ablated(self, raw: Sequence[Float[Tensor, " d_model"]]) -> list[tuple[float, float]]:
+    def _ablate(self, which: Sequence[int], bad: slice, fine: slice) -> None:
         """Log-odds and KL with each direction projected out as well; all are read in one pass."""
-        prompts = [*self.harmful, *self.harmless]
-        reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(raw))
-        bases = tuple(torch.cat([self.ablated, unit(r.float().cpu())[None]]) for r in raw)
-        each = AblateRows(bases, tuple(copy for copy in range(len(raw)) for _ in prompts))
-        found = []
-        for logits in reads.last_logits(self.model, (each,)).split(len(prompts)):
-            log_odds = refusal_log_odds(logits[: len(self.harmful)], self.refusal_ids).mean()
-            after = logits[len(self.harmful) :].log_softmax(-1)
-            kl = torch.nn.functional.kl_div(after, self.before, log_target=True, reduction="batchmean")
-            found.append((float(log_odds), float(kl)))
-        return found
+        prompts = [*self.harmful[bad], *self.harmless[fine]]
+        reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(which))
+        bases = tuple(torch.cat([self.ablated, unit(self.raw[c])[None]]) for c in which)
+        each = AblateRows(bases, tuple(copy for copy in range(len(which)) for _ in prompts))
+        for c, logits in zip(which, reads.last_logits(self.model, (each,)).split(len(prompts)), strict=True):
+            harmful, harmless = logits.tensor_split([len(self.harmful[bad])])
+            self.log_odds[c, bad] = refusal_log_odds(harmful, self.refusal_ids).cpu()
+            after = harmless.log_softmax(-1)
+            kl = torch.nn.functional.kl_div(after, self.before[fine], log_target=True, reduction="none").sum(-1)
+            self.kl[c, fine] = kl.double().cpu()
 
     @torch.no_grad()
-    def _added(self, candidates: Sequence[tuple[int, Float[Tensor, " d_model"]]]) -> list[float]:
+    def _add(self, which: Sequence[int], bad: slice, fine: slice) -> None:
         """Log-odds of refusing harmless prompts with each difference added after its layer."""
-        reads = PromptSet.of(self.model, self.harmless, batch_size=self.batch_size, copies=len(candidates))
-        raw = torch.stack([r.float().cpu() for _, r in candidates])
-        at = torch.tensor([layer for layer, _ in candidates])
-        each = torch.arange(len(candidates)).repeat_interleave(len(self.harmless))
-        steers = [SteerRows(layer, (raw * (at == layer)[:, None])[each]) for layer in sorted(set(at.tolist()))]
+        prompts = self.harmless[fine]
+        if not prompts:
+            return
+        reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(which))
+        raw, at = self.raw[list(which)], self.layers[list(which)]
+        each = torch.arange(len(which)).repeat_interleave(len(prompts))
+        steers = [SteerRows(layer, (raw * (at == layer)[:, None])[each]) for layer in at.unique().tolist()]
         logits = reads.last_logits(self.model, (*ablating(self.ablated), *steers))
-        return [float(refusal_log_odds(part, self.refusal_ids).mean()) for part in logits.split(len(self.harmless))]
+        odds = refusal_log_odds(logits, self.refusal_ids).cpu()
+        self.induce[list(which), fine] = odds.view(len(which), len(prompts))
+
+
+def _shuffled(prompts: Sequence[Example]) -> list[Example]:
+    """In an order that is always the same, so that a share is of all kinds of prompts."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
+    return [prompts[i] for i in order.tolist()]
+
+
+def _count(prompts: Sequence[Example], least: int, share: float) -> int:
+    return min(len(prompts), max(least, round(share * len(prompts))))
 
 
 ROWS_AT_ONCE = 256
@@ -375,24 +397,33 @@ def score_exhaustively(
 
     Raises `ValueError` if there are no prompts of a kind or no refusal tokens.
     """
-    scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
-    places = [(i, j) for i in range(len(layers)) for j in range(candidates.shape[1])]
-    found = scorer.score([(layers[i], candidates[i, j]) for i, j in places])
-    return Scores.none(*candidates.shape[:2]).put(places, found)
+    scorer = _Scorer(
+        model,
+        candidates,
+        harmful,
+        harmless,
+        refusal_ids=refusal_ids,
+        layers=layers,
+        ablated=ablated,
+        batch_size=batch_size,
+    )
+    return scorer.scores(range(len(scorer.raw)))
 
 
 @dataclass(frozen=True)
 class Screening:
-    """How far candidates are sifted before they are scored on all prompts.
+    """How many candidates are left after each sieve.
 
-    First-order predictions keep `wide` candidates; exact scores on a `share` of the prompts (at least four of a kind)
-    keep `exact` of them. `samples` tokens a prompt estimate the predicted KL.
+    All are scored on a tenth of the prompts of a kind, `wide` of them on a quarter, and `exact` on all.
     """
 
-    wide: int = 30
-    exact: int = 6
-    share: float = 0.25
-    samples: int = 2
+    wide: int = 36
+    exact: int = 12
+
+
+ROUNDS = ((2, 0.1), (6, 0.25), (1, 1.0))
+"""The prompts of a kind that each round reads: at least so many, or this share of them. Chosen on exhaustive scores of
+two of chapter 4's models, over five steps of the attack, and checked on two others."""
 
 
 def score_by_screening(
@@ -410,125 +441,47 @@ def score_by_screening(
 ) -> Scores:
     """Scores of the most promising candidates only, those of `score_exhaustively` but for rounding; NaN for the others.
 
-    The best of all need not be among them: the first sieve is of first order, and an ablation is not small.
-
-    If none of the `exact` best passes the filters, the next `exact` are scored too, unless no rough score came within
-    twice the limit of the KL. Raises as `score_exhaustively`.
+    Successive halving (Jamieson and Talwalkar 2016) with exact scores: each sieve reads more prompts for fewer
+    candidates. A few prompts may mislead it, so the best of all need not be left. `induce` is not looked at in the
+    first round, and is NaN where the KL exceeds the limit. Raises as `score_exhaustively`.
     """
     screening = screening or Screening()
-    scorer = _Scorer(model, harmful, harmless, refusal_ids, ablated, batch_size)
-    part = scorer.on_some(screening.share)
-    predicted = predict_scores(
+    scorer = _Scorer(
         model,
         candidates,
-        part.harmful,
-        part.harmless,
+        harmful,
+        harmless,
         refusal_ids=refusal_ids,
         layers=layers,
         ablated=ablated,
-        samples=screening.samples,
+        rounds=ROUNDS,
         batch_size=batch_size,
     )
-    order = ranking(predicted, kl_limit)[: max(screening.wide, screening.exact)]
-    fewer = len(part.harmful) + len(part.harmless) < len(harmful) + len(harmless)
-    hopeful = True
-    if len(order) > screening.exact and fewer:
-        found = part.score([(layers[i], candidates[i, j]) for i, j in order], up_to=2 * kl_limit)
-        roughly = Scores.none(*candidates.shape[:2]).put(order, found)
-        order = ranking(roughly, kl_limit)
-        hopeful = bool(roughly.passing(2 * kl_limit).any())
-    scores = Scores.none(*candidates.shape[:2])
-    for start in (0, screening.exact):
-        places = order[start : start + screening.exact]
-        scores.put(places, scorer.score([(layers[i], candidates[i, j]) for i, j in places]))
-        if bool(scores.passing(kl_limit).any()) or not hopeful:
-            break
-    return scores
+    left = list(range(len(scorer.raw)))
+    for rounds, keep, up_to in ((1, screening.wide, -inf), (2, screening.exact, kl_limit)):
+        if len(left) > keep:
+            left = ranking(scorer.scores(left, rounds, up_to), kl_limit)[:keep]
+    return scorer.scores(left, len(ROUNDS), kl_limit)
 
 
-def _spread(length: int, share: float) -> list[int]:
-    """Places of a share of `length` prompts, at least four, spread evenly over them."""
-    count = min(length, max(4, round(share * length)))
-    return [i * length // count for i in range(count)]
+def _spread(prompts: Sequence[Example], count: int | None) -> list[Example]:
+    """So many of the prompts, spread evenly over them; all for None."""
+    count = len(prompts) if count is None else min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def ranking(scores: Scores, kl_limit: float = KL_LIMIT) -> list[tuple[int, int]]:
-    """Scored candidates, the most promising first, as (layer, position) indices.
+def ranking(scores: Scores, kl_limit: float = KL_LIMIT) -> list[int]:
+    """Scored candidates by their number, row after row of the table, the most promising first.
 
-    Two orders take turns: that of `choose`, and the plain one of log-odds + kl, since a rough score may be on the wrong
-    side of a limit.
+    Two orders take turns: that of `choose`, where what was not measured may pass, and the plain one of log-odds + kl,
+    since a rough score may be on the wrong side of a limit.
     """
-    places = [(int(i), int(j)) for i, j in scores.scored.nonzero()]
-    plain = {place: float(scores.log_odds[place] + scores.kl[place]) for place in places}
-    passing = scores.passing(kl_limit)
-    by_rule = sorted(
-        places, key=lambda p: (not passing[p], float(scores.log_odds[p]) if passing[p] else plain[p], plain[p])
-    )
-    by_sum = sorted(places, key=lambda p: plain[p])
-    return list(dict.fromkeys(place for pair in zip(by_rule, by_sum, strict=True) for place in pair))
-
-
-def predict_scores(
-    model: Model,
-    candidates: Float[Tensor, "layer position d_model"],
-    harmful: Sequence[Example],
-    harmless: Sequence[Example],
-    *,
-    refusal_ids: Sequence[int],
-    layers: Sequence[int],
-    ablated: Float[Tensor, "k d_model"] | None = None,
-    samples: int = 2,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Scores:
-    """All candidates' scores to lowest order, from one forward pass a prompt and a few backward passes.
-
-    Ablating r removes (a . r) r from the embedding and from everything that a block writes; what blocks read then lacks
-    it too. So a function f of the logits changes by about - sum over these sites and positions of (g . r)(a . r), with
-    g = df/da. (Summing over the blocks' inputs as well would count the same component once for every block.) Adding a
-    difference after block l changes f by g_l . difference, summed over positions. The KL is half the mean square of the
-    change of log p(y), with y drawn from p: the Fisher information, estimated from `samples` tokens a prompt.
-    """
-    flat = candidates.float().flatten(0, 1).to(model.device)
-    units = torch.nn.functional.normalize(flat, dim=-1)
-    generator = torch.Generator().manual_seed(seed)
-    written = ["blocks.0.hook_resid_pre"]
-    written += [f"blocks.{i}.{site}" for i in range(model.layers) for site in ("hook_attn_out", "hook_mlp_out")]
-    posts = [resid_post(model, layer) for layer in layers]
-    kept: dict[str, Tensor] = {}
-    keep = _Keep({point: point for point in [*written, *posts]}, kept, leaf=written[0])
-
-    def forward(batch: Batch) -> Float[Tensor, "batch vocabulary"]:
-        with applied(model, *ablating(ablated), keep), model.autocast():
-            hidden = model.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
-            return unembed(model, _last(batch, hidden))
-
-    def gradient(values: Float[Tensor, " batch"], points: Sequence[str]) -> list[Tensor]:
-        return list(torch.autograd.grad(values.sum(), [kept[p] for p in points], retain_graph=True))
-
-    def when_ablated(values: Float[Tensor, " batch"]) -> Float[Tensor, "batch candidate"]:
-        change = torch.zeros(len(values), len(units), device=model.device)
-        for point, g in zip(written, gradient(values, written), strict=True):
-            change -= ((g.float() @ units.T) * (kept[point].detach().float() @ units.T)).sum(1)
-        return change
-
-    totals = [torch.zeros(len(flat), dtype=torch.float64, device=model.device) for _ in range(3)]
-    with torch.enable_grad():
-        for batch in batches(harmful, batch_size, model.tokenizer.pad_token_id):
-            now = refusal_log_odds(forward(batch.to(model.device)), refusal_ids)
-            totals[0] += (now[:, None].detach() + when_ablated(now)).sum(0) / len(harmful)
-        for batch in batches(harmless, batch_size, model.tokenizer.pad_token_id):
-            logits = forward(batch.to(model.device))
-            now = refusal_log_odds(logits, refusal_ids)
-            by_layer = torch.stack([g.float().sum(1) for g in gradient(now, posts)], dim=1)  # (batch, layer, d_model)
-            moved = torch.einsum("bld,lpd->blp", by_layer, candidates.to(by_layer)).flatten(1)
-            totals[2] += (now[:, None].detach() + moved).sum(0) / len(harmless)
-            logp = logits.log_softmax(-1)
-            for _ in range(samples):
-                drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(model.device)
-                change = when_ablated(logp.gather(1, drawn)[:, 0])
-                totals[1] += change.double().square().sum(0) / (2 * samples * len(harmless))
-    return Scores(*(total.cpu().view(candidates.shape[:2]) for total in totals))
+    odds, sums = scores.log_odds.flatten(), (scores.log_odds + scores.kl).flatten()
+    may_pass = ((scores.kl <= kl_limit) & ~(scores.induce < 0)).flatten()
+    numbers = scores.scored.flatten().nonzero()[:, 0].tolist()
+    by_sum = sorted(numbers, key=lambda n: float(sums[n]))
+    by_rule = sorted(by_sum, key=lambda n: (not may_pass[n], float(odds[n]) if may_pass[n] else 0.0))
+    return list(dict.fromkeys(number for turn in zip(by_rule, by_sum, strict=True) for number in turn))
 
 
 # The attack
@@ -545,7 +498,8 @@ class Step:
     position: int
     log_odds: float
     kl: float
-    induce: float
+    induce: float | None
+    """None where the KL exceeds the limit, so that it decided nothing and was not measured."""
     fallback: bool
     norm: float
     """Of the raw difference of means, in units of the residual stream."""
@@ -593,10 +547,7 @@ def iterated_ablation(
         )
     layers = attacked_layers(model) if settings.layers is None else settings.layers
     scored: dict[str, Any] = {"refusal_ids": refusal_ids, "layers": layers, "batch_size": settings.batch_size}
-    count = settings.scored_on
-    bad, fine = (
-        [p[i] for i in _spread(len(p), 1.0 if count is None else count / max(1, len(p)))] for p in (harmful, harmless)
-    )
+    bad, fine = (_spread(prompts, settings.scored_on) for prompts in (harmful, harmless))
     basis, steps = torch.zeros(0, model.width), list[Step]()
     if after is not None:
         after(0, basis)
@@ -615,10 +566,21 @@ def iterated_ablation(
         if norm == 0 or (steps and norm < settings.smallest * steps[0].norm):
             break
         basis = orthonormal(torch.cat([basis, unit(raw[place].cpu())[None]]))
-        found = {name: float(getattr(scores, name)[place]) for name in ("log_odds", "kl", "induce")}
-        layer, position = layers[choice.layer], settings.positions[choice.position]
-        exact = int(scores.scored.sum())
-        steps.append(Step(k, basis[-1], layer, position, **found, fallback=choice.fallback, norm=norm, scored=exact))
+        log_odds, kl, induce = (float(values[place]) for values in (scores.log_odds, scores.kl, scores.induce))
+        steps.append(
+            Step(
+                k=k,
+                direction=basis[-1],
+                layer=layers[choice.layer],
+                position=settings.positions[choice.position],
+                log_odds=log_odds,
+                kl=kl,
+                induce=None if isnan(induce) else induce,
+                fallback=choice.fallback,
+                norm=norm,
+                scored=int(scores.scored.sum()),
+            )
+        )
         if after is not None:
             after(k, basis)
     return steps

@@ -32,8 +32,10 @@ from helpers.methods.refusal_attack import (
     POSITIONS,
     candidate_directions,
     choose,
+    orthonormal,
     score_by_screening,
     score_exhaustively,
+    unit,
 )
 from helpers.models import LoRA, load, plain_model
 from helpers.params import (
@@ -315,52 +317,62 @@ def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_pat
 
 
 def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
-    """The same first direction of chapter 4's start model, at least 5 times as fast, at the quick preset's settings.
+    """The same first three directions of chapter 4's start model, at least 5 times as fast.
 
-    Both read what all prompts begin with once a candidate.
+    The candidates are the quick preset's, the prompts all from which it takes directions (it scores on fewer). Both
+    read what all prompts begin with once a candidate.
     """
     experiment = RefusalExperiment(RefusalParams(preset="quick"))
     model, attack, params = experiment.model("start"), experiment.settings, experiment.params
-    of_kind = {kind: experiment.prompts(experiment.train[kind][: params.prompts]) for kind in ATTACKED}
-    layers, refusal_ids = list(attack.layers), experiment.refusal_ids
-    raw = candidate_directions(model, **of_kind, layers=layers)
-    stride = params.prompts // params.scored_on
-    prompts = {kind: examples[::stride] for kind, examples in of_kind.items()}
-    settings = {**prompts, "refusal_ids": refusal_ids, "layers": layers}
-    times, scores = {}, {}
+    prompts = {kind: experiment.prompts(experiment.train[kind][: params.prompts]) for kind in ATTACKED}
+    layers = list(attack.layers)
+    settings = {**prompts, "refusal_ids": experiment.refusal_ids, "layers": layers}
+    times, found = {"exhaustive": [], "screened": []}, []
 
-    def exhaustively():
-        scores["exhaustive"] = score_exhaustively(model, raw, **settings)
+    def one_direction(ablated):
+        raw = candidate_directions(model, **prompts, layers=layers, ablated=ablated)
+        scores = {}
 
-    def screened():
-        scores["screened"] = score_by_screening(model, raw, screening=attack.screening, **settings)
+        def exhaustively():
+            scores["exhaustive"] = score_exhaustively(model, raw, ablated=ablated, **settings)
 
-    times["exhaustive"] = seconds(exhaustively)  # once: it takes minutes, of many like passes
-    benchmark.pedantic(screened, rounds=3)
-    times["screened"] = benchmark.stats.stats.median
-    choices = {name: choose(found) for name, found in scores.items()}
-    kept = scores["screened"].scored
-    ratio = times["exhaustive"] / times["screened"]
+        def screened():
+            scores["screened"] = score_by_screening(model, raw, ablated=ablated, screening=attack.screening, **settings)
+
+        times["exhaustive"].append(seconds(exhaustively))
+        times["screened"].append(seconds(screened))
+        found.append(scores)
+        best = choose(scores["exhaustive"])
+        return orthonormal(torch.cat([ablated, unit(raw[best.layer, best.position])[None]]))
+
+    def both_ways():
+        ablated = torch.zeros(0, model.width)
+        for _ in range(3):
+            ablated = one_direction(ablated)
+
+    benchmark.pedantic(both_ways, rounds=1)  # once: it takes minutes, of many like passes
+    ratio = sum(times["exhaustive"]) / sum(times["screened"])
     report(
         benchmark,
         precision=str(model.dtype),
-        candidates=raw[..., 0].numel(),
-        scored_exactly=int(kept.sum()),
-        seconds={name: round(value, 2) for name, value in times.items()},
+        candidates=len(layers) * len(POSITIONS),
+        seconds={name: [round(value, 2) for value in values] for name, values in times.items()},
         ratio=round(ratio, 2),
-        choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
     )
-    sums = scores["exhaustive"].log_odds + scores["exhaustive"].kl
-    places = {name: (c.layer, c.position) for name, c in choices.items()}
-    report(
-        benchmark,
-        log_odds_plus_kl={name: round(float(sums[place]), 3) for name, place in places.items()},
-        of_all={"least": round(float(sums.min()), 3), "median": round(float(sums.median()), 3)},
-    )
-    for name in ("log_odds", "kl", "induce"):
-        one, other = (getattr(scores[which], name)[kept] for which in ("screened", "exhaustive"))
-        torch.testing.assert_close(one, other)
-    assert choices["screened"] == choices["exhaustive"]
+    for scores in found:
+        every, kept = scores["exhaustive"], scores["screened"].scored
+        sums, choices = every.log_odds + every.kl, {name: choose(table) for name, table in scores.items()}
+        report(
+            benchmark,
+            scored_exactly=int(kept.sum()),
+            choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
+            log_odds_plus_kl={name: round(float(sums[c.layer, c.position]), 3) for name, c in choices.items()},
+            of_all={"least": round(float(sums.min()), 3), "median": round(float(sums.median()), 3)},
+        )
+        for name in ("log_odds", "kl"):  # batches of other shapes round differently in bfloat16
+            one, other = (getattr(table, name)[kept] for table in (scores["screened"], every))
+            torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)
+    assert all(choose(scores["screened"]) == choose(scores["exhaustive"]) for scores in found)
     assert ratio >= 5
 
 

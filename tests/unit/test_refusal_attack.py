@@ -20,7 +20,6 @@ from helpers.methods.refusal_attack import (
     choose,
     iterated_ablation,
     orthonormal,
-    predict_scores,
     probe_direction,
     ranking,
     refusal_log_odds,
@@ -178,7 +177,7 @@ def test_no_directions_are_no_intervention():
 # Scores
 
 
-def directly(model, prompts, raw, layer, ablated):
+def directly(model, prompts, raw, layer, ablated, tokens=REFUSAL):
     """A candidate's three scores, one prompt at a time."""
     harmful, harmless = prompts
     before = ablating(ablated)
@@ -186,7 +185,7 @@ def directly(model, prompts, raw, layer, ablated):
 
     def odds(examples, *interventions):
         logits = torch.stack([states(model, e, *interventions)[1] for e in examples])
-        return refusal_log_odds(logits, REFUSAL).mean().item()
+        return refusal_log_odds(logits, tokens).mean().item()
 
     kl = 0.0
     for e in harmless:
@@ -223,58 +222,6 @@ def test_a_candidate_of_zero_changes_nothing(tiny, prompts):
     assert float(scores.kl) == pytest.approx(0, abs=1e-6)
 
 
-def test_predicted_scores_are_the_derivatives_of_the_exact_ones(prompts, basis):
-    """With what is written shrunk along r by a small share, and a small part of the difference added."""
-    model = load("tiny-random", dtype="float32")
-    model.hf.double()
-    d = basis.double()
-    raw = random(1, 2, WIDTH, seed=5)
-    raw = raw - (raw @ basis.T) @ basis
-    predicted = predict_scores(model, raw, *prompts, refusal_ids=REFUSAL, layers=(0,), ablated=basis, samples=1)
-    r = torch.nn.functional.normalize(raw.double(), dim=-1)
-
-    class Shrink:
-        def __init__(self, direction, share):
-            self.direction, self.share = direction, share
-
-        def hooks(self, model):
-            def shrink(a, hook):
-                return a - self.share * (a @ self.direction)[..., None] * self.direction
-
-            sites = [f"blocks.{i}.{s}" for i in BOTH for s in ("hook_attn_out", "hook_mlp_out")]
-            return [(point, shrink) for point in ("blocks.0.hook_resid_pre", *sites)]
-
-    class Add:
-        def __init__(self, vector):
-            self.vector = vector
-
-        def hooks(self, model):
-            return [("blocks.0.hook_resid_post", lambda h, hook: h + self.vector)]
-
-    def odds(examples, change):
-        logits = torch.stack([states(model, e, *ablating(d), change)[1] for e in examples])
-        return refusal_log_odds(logits, REFUSAL).mean()
-
-    eps = 1e-4
-    for j in range(2):
-        base = odds(prompts[0], Add(torch.zeros(WIDTH).double()))
-        slope = (odds(prompts[0], Shrink(r[0, j], eps)) - odds(prompts[0], Shrink(r[0, j], -eps))) / (2 * eps)
-        assert abs(float(slope)) > 1e-4
-        assert float(predicted.log_odds[0, j] - base) == pytest.approx(float(slope), rel=1e-3)
-        base = odds(prompts[1], Add(torch.zeros(WIDTH).double()))
-        v = raw[0, j].double()
-        slope = (odds(prompts[1], Add(eps * v)) - odds(prompts[1], Add(-eps * v))) / (2 * eps)
-        assert float(predicted.induce[0, j] - base) == pytest.approx(float(slope), rel=1e-3)
-
-
-def test_the_predicted_divergence_is_about_the_exact_one(tiny, prompts, candidates):
-    settings = {"refusal_ids": REFUSAL, "layers": BOTH}
-    exact = score_exhaustively(tiny, candidates, *prompts, **settings)
-    predicted = predict_scores(tiny, candidates, *prompts, **settings, samples=100)
-    assert (predicted.kl / exact.kl - 1).abs().max() < 0.5
-    assert torch.equal(predict_scores(tiny, candidates, *prompts, **settings, samples=100).kl, predicted.kl)
-
-
 @pytest.fixture(scope="module", params=["some pass", "none passes"])
 def planted(tiny, prompts, request):
     """Forty candidates, one of which carries the refusal tokens' logits as no other does: their mean unembedding.
@@ -293,61 +240,72 @@ def planted(tiny, prompts, request):
 def test_screening_chooses_the_planted_candidate_as_scoring_all_does(tiny, prompts, planted):
     raw, tokens, fallback = planted
     settings = {"refusal_ids": tokens, "layers": BOTH}
-    screened = score_by_screening(
-        tiny, raw, *prompts, **settings, screening=Screening(wide=8, exact=3, share=0.5), kl_limit=1.0
-    )
+    screened = score_by_screening(tiny, raw, *prompts, **settings, screening=Screening(wide=12, exact=3), kl_limit=1.0)
     every = score_exhaustively(tiny, raw, *prompts, **settings)
     chosen = choose(every, 1.0)
     assert choose(screened, 1.0) == chosen
     assert (chosen.layer, chosen.position, chosen.fallback) == (1, 13, fallback)
     kept = screened.scored
     assert int(kept.sum()) == 3
-    for name in ("log_odds", "kl", "induce"):
+    for name in ("log_odds", "kl"):
         torch.testing.assert_close(getattr(screened, name)[kept], getattr(every, name)[kept], atol=1e-6, rtol=1e-5)
-        assert getattr(screened, name)[~kept].isnan().all()
+    gentle = kept & (every.kl <= 1.0)
+    torch.testing.assert_close(screened.induce[gentle], every.induce[gentle], atol=1e-6, rtol=1e-5)
+    for values in (screened.log_odds[~kept], screened.kl[~kept], screened.induce[~gentle]):
+        assert values.isnan().all()
+
+
+def scorer_of(tiny, prompts, raw, tokens, **settings):
+    return _Scorer(tiny, raw, *prompts, refusal_ids=tokens, layers=BOTH, batch_size=5, **settings)
 
 
 def test_several_candidates_read_in_one_pass_score_as_each_does_alone(tiny, prompts, planted):
     raw, tokens, _ = planted
-    candidates = [(layer, raw[i, j]) for i, layer in enumerate(BOTH) for j in (0, 3, 13)]
-    ablated = orthonormal(random(2, WIDTH))
-    scorer = _Scorer(tiny, *prompts, tokens, ablated, batch_size=5)
-    together = scorer.score(candidates)
-    alone = [scorer.score([candidate])[0] for candidate in candidates]
-    by_hand = []
-    for layer, vector in candidates:
-        wider = torch.cat([ablated, vector[None]])
-        logits = torch.cat([states(tiny, e, *ablating(wider))[1][None] for e in prompts[0]])
-        steered = torch.cat(
-            [states(tiny, e, *ablating(ablated), Steer(layer, vector, 1.0))[1][None] for e in prompts[1]]
-        )
-        by_hand.append([float(refusal_log_odds(part, tokens).mean()) for part in (logits, steered)])
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(together)[:, [0, 2]], torch.tensor(by_hand), atol=1e-5, rtol=1e-5)
-    limit = sorted(kl for _, kl, _ in together)[2]
-    assert [math.isnan(induce) for *_, induce in scorer.score(candidates, up_to=limit)] == [
-        kl > limit for _, kl, _ in together
-    ]
+    ablated, which = orthonormal(random(2, WIDTH)), [0, 3, 13, 20, 23, 33]
+    together = scorer_of(tiny, prompts, raw, tokens, ablated=ablated).scores(which)
+    assert together.scored.flatten().nonzero()[:, 0].tolist() == which
+    for number in which:
+        alone = scorer_of(tiny, prompts, raw, tokens, ablated=ablated).scores([number])
+        layer, place = divmod(number, 20)
+        expected = directly(tiny, prompts, raw[layer, place], layer, ablated, tokens)
+        for name, value in zip(("log_odds", "kl", "induce"), expected, strict=True):
+            assert float(getattr(together, name)[layer, place]) == pytest.approx(value, abs=1e-5, rel=1e-3)
+            assert float(getattr(alone, name)[layer, place]) == pytest.approx(value, abs=1e-5, rel=1e-3)
 
 
-def test_if_none_of_the_best_passes_the_next_best_are_scored_too(tiny, prompts, planted):
+def test_what_adding_does_is_not_measured_where_the_divergence_is_too_large(tiny, prompts, planted):
     raw, tokens, _ = planted
-    settings = {"refusal_ids": tokens, "layers": BOTH}
-    all_of_them = Screening(wide=8, exact=3, share=1.0)
-    for limit, count in ((-1.0, 6), (10.0, 6 if len(tokens) == 1 else 3)):
-        scores = score_by_screening(tiny, raw, *prompts, **settings, screening=all_of_them, kl_limit=limit)
-        assert int(scores.scored.sum()) == count
-        assert not scores.induce[scores.scored].isnan().any()
+    scores = scorer_of(tiny, prompts, raw, tokens).scores(range(40))
+    limit = float(scores.kl.flatten().sort().values[7])
+    some = scorer_of(tiny, prompts, raw, tokens).scores(range(40), up_to=limit)
+    assert torch.equal(~some.induce.isnan(), scores.kl <= limit) and some.scored.all()
 
 
-def test_a_scorer_on_a_share_of_the_prompts_is_one_of_those_prompts(tiny, prompts, planted):
+def test_scores_on_some_of_the_prompts_are_those_of_these_alone_and_no_prompt_is_read_twice(
+    tiny, prompts, planted, monkeypatch
+):
     raw, tokens, _ = planted
-    ablated, candidates = orthonormal(random(2, WIDTH)), [(0, raw[0, 3]), (1, raw[1, 13])]
-    part = _Scorer(tiny, *prompts, tokens, ablated, batch_size=5).on_some(0.1)
-    assert (len(part.harmful), len(part.harmless)) == (4, 4)
-    assert set(part.harmful) < set(prompts[0])
-    apart = _Scorer(tiny, part.harmful, part.harmless, tokens, ablated, batch_size=5)
-    torch.testing.assert_close(torch.tensor(part.score(candidates)), torch.tensor(apart.score(candidates)))
+    scorer = scorer_of(tiny, prompts, raw, tokens, rounds=((1, 0.1), (1, 0.5), (1, 1.0)))
+    assert scorer.ends == [(1, 1), (3, 2), (6, 5)]
+    counts, plain = [], PromptSet.last_logits
+
+    def counting(self, *args):
+        counts.append((self.count, self.copies))
+        return plain(self, *args)
+
+    monkeypatch.setattr(PromptSet, "last_logits", counting)
+    assert scorer.scores([3, 13], 1, up_to=-1.0).induce.isnan().all()
+    assert counts == [(2, 2)]
+    half = scorer.scores([13], 2)
+    assert counts == [(2, 2), (3, 1), (1, 1), (1, 1)]  # both kinds; then harmless ones with the difference added
+    again = scorer.scores([13], 2)
+    assert len(counts) == 4 and float(again.log_odds[0, 13]) == float(half.log_odds[0, 13])
+    some = [scorer.harmful[:3], scorer.harmless[:2]]
+    assert set(map(str, some[0])) < set(map(str, prompts[0]))
+    apart = scorer_of(tiny, some, raw, tokens).scores([13])
+    for name in ("log_odds", "kl", "induce"):
+        one, other = (float(getattr(scores, name)[0, 13]) for scores in (half, apart))
+        assert one == pytest.approx(other, abs=1e-5, rel=1e-4)
 
 
 def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, planted, monkeypatch):
@@ -361,10 +319,19 @@ def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, plant
 
     monkeypatch.setattr(PromptSet, "last_logits", counting)
     settings = {"refusal_ids": token, "layers": BOTH}
-    score_exhaustively(tiny, raw, *prompts, **settings)
+    many = [asked * 4 for asked in prompts]
+    score_exhaustively(tiny, raw, *many, **settings)
     every, counts[:] = sum(counts), []
-    score_by_screening(tiny, raw, *prompts, **settings, screening=Screening(wide=8, exact=3, share=0.1))
-    assert sum(counts) < every / 2.5
+    score_by_screening(tiny, raw, *many, **settings, screening=Screening(wide=8, exact=2))
+    assert sum(counts) < every / 4
+
+
+def test_no_more_candidates_than_are_scored_exactly_are_not_screened(tiny, prompts, planted):
+    raw, tokens, _ = planted
+    settings = {"refusal_ids": tokens, "layers": BOTH}
+    screened = score_by_screening(tiny, raw, *prompts, **settings, screening=Screening(wide=40, exact=40))
+    every = score_exhaustively(tiny, raw, *prompts, **settings)
+    assert screened.scored.all() and choose(screened) == choose(every)
 
 
 # Choosing
@@ -392,13 +359,19 @@ def test_what_was_not_scored_is_never_chosen():
     nan = float("nan")
     assert choose(table([nan, -1.0], [nan, 0.0], [nan, 1.0])).position == 1
     with pytest.raises(ValueError, match="No candidate was scored"):
-        choose(Scores.none(2, 3))
+        choose(table([nan, nan], [nan, nan], [nan, nan]))
 
 
 def test_a_ranking_starts_with_the_choice_and_then_the_lowest_sum_and_leaves_none_out():
-    scores = table([-1.0, -9.0, -3.0, -2.0], [0.0, 0.5, 0.05, 0.01], [1.0, 1.0, 1.0, 1.0])
-    order = [position for _, position in ranking(scores)]
+    nan = float("nan")
+    scores = table([-1.0, -9.0, -3.0, -2.0, nan], [0.0, 0.5, 0.05, 0.01, nan], [1.0, 1.0, 1.0, 1.0, nan])
+    order = ranking(scores)
     assert order[:2] == [2, 1] and sorted(order) == [0, 1, 2, 3]
+
+
+def test_in_a_ranking_a_candidate_whose_adding_was_not_measured_may_pass():
+    nan = float("nan")
+    assert ranking(table([-1.0, -4.0, -2.0], [0.0, 2.0, 0.01], [-1.0, nan, nan])) == [2, 1, 0]
 
 
 # The attack
