@@ -414,14 +414,14 @@ def score_exhaustively(
 class Screening:
     """How many candidates are left after each sieve.
 
-    All are scored on a tenth of the prompts of a kind, `wide` of them on a quarter, and `exact` on all.
+    All are scored on a few prompts of a kind (see `ROUNDS`), `wide` of them on some more, and `exact` on all.
     """
 
     wide: int = 36
     exact: int = 12
 
 
-ROUNDS = ((2, 0.1), (6, 0.25), (1, 1.0))
+ROUNDS = ((2, 1 / 16), (6, 3 / 16), (1, 1.0))
 """The prompts of a kind that each round reads: at least so many, or this share of them. Chosen on exhaustive scores of
 two of chapter 4's models, over five steps of the attack, and checked on two others."""
 
