@@ -7,6 +7,7 @@ Everything made lies in book/executed/{preset}/, a complete Jupyter Book source 
 unless its notebook, its parameters, a data file or a helper it uses changed, so an interrupted run resumes.
 """
 
+import filecmp
 import json
 import shlex
 import shutil
@@ -62,14 +63,18 @@ rule site:
     log:
         f"logs/{PRESET}/site.log",
     run:
+        newest = max(path.stat().st_mtime for path in Path("helpers").rglob("*.py"))
         for path in PROSE:
             copy = Path(TREE, path)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-        # from nothing, so that every page there is one that this build made
+            due = newest if path.startswith("book/api/") else 0  # Sphinx does not see that it depends on docstrings
+            if not copy.exists() or copy.stat().st_mtime < due or not filecmp.cmp(path, copy, shallow=False):
+                shutil.copy(path, copy)
+        # Pages are all written anew, so that every one there is of this build. Sources are read again where they
+        # changed; after a build that failed all are, since warnings of those read before would not come again.
         shell(
-            "rm -rf {TREE}/_build && jupyter-book build {TREE} -W --keep-going > {log} 2>&1 || "
-            "{{ grep -E 'WARNING|ERROR|Error' {log}; exit 1; }}"
+            "rm -rf {SITE} && jupyter-book build {TREE} -W --keep-going > {log} 2>&1 || "
+            "{{ rm -rf {TREE}/_build; grep -E 'WARNING|ERROR|Error' {log}; exit 1; }}"
         )
 
 
