@@ -15,7 +15,7 @@ book: .venv/.installed
 
 # One thread for each of two workers: if each had two, they would wait for one another.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-skip -m "not taught"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --benchmark-skip -m "not taught"
 
 # The central claims on the real model; those of chapters 4 and 5 first teach it to refuse, which takes minutes.
 acceptance: .venv/.installed

@@ -133,8 +133,8 @@ def _finding(claim: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str
     for name in ("n", "seeds"):
         if a[name] != b[name]:
             lines.append(f"  {_change(name, a[name], b[name])}")
-    one, other = ({control["name"]: control["passed"] for control in found["controls"]} for found in (a, b))
-    lines += [f"  control {line}" for line in _changes(one, other, lambda passed: "passed" if passed else "failed")]
+    one, other = ({control["name"]: control["state"] for control in found["controls"]} for found in (a, b))
+    lines += [f"  control {line}" for line in _changes(one, other)]
     return lines
 
 
@@ -153,20 +153,20 @@ def _overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     return "intervals do not overlap" if apart else "intervals overlap"
 
 
-def _changes(a: Mapping[str, Any], b: Mapping[str, Any], shown: Any = None) -> list[str]:
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """One line for each name whose value differs, or that only one of the two has."""
     lines = []
     for name in dict.fromkeys((*a, *b)):
         if name not in a or name not in b:
             lines.append(f"{name}: only in {'A' if name in a else 'B'}")
         elif a[name] != b[name]:
-            lines.append(_change(name, a[name], b[name], shown))
+            lines.append(_change(name, a[name], b[name]))
     return lines
 
 
-def _change(name: str, a: Any, b: Any, shown: Any = None) -> str:
-    written = shown or (lambda value: value if isinstance(value, str) else json.dumps(value))
-    return f"{name}: {written(a)} -> {written(b)}"
+def _change(name: str, a: Any, b: Any) -> str:
+    before, after = (value if isinstance(value, str) else json.dumps(value) for value in (a, b))
+    return f"{name}: {before} -> {after}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ number, asks `Findings.judge` for the verdict, and saves everything beside the e
 never typed by hand: it follows from the estimate, its interval and the controls.
 
     findings = Findings(params, provenance(params, model))
-    findings.judge("pps.undefended-cosine-negative", share(negative.sum(), negative.size))
+    findings.judge(Measurement("pps.undefended-cosine-negative", share(negative.sum(), negative.size)))
     findings.claim_box()
     findings.save()
 """
@@ -52,7 +52,10 @@ PACKAGES = (
 )
 _IMPORTED = time.monotonic()
 
-Verdict = Literal["reproduced", "direction only", "not reproduced", "not judged"]
+Verdict = Literal["reproduced", "direction only", "contradicted", "undecided", "invalid", "not judged"]
+
+
+_OTHER: Mapping[str, Literal["above", "below"]] = {"above": "below", "below": "above"}
 
 
 class FindingError(ValueError):
@@ -93,9 +96,9 @@ class Claim(BaseModel):
         """Whether `value` reaches the threshold on the claimed side."""
         return bool(value >= self.threshold if self.direction == "above" else value <= self.threshold)
 
-    def excludes_no_effect(self, estimate: Estimate) -> bool:
-        """Whether the whole interval lies on the claimed side of `no_effect`."""
-        if self.direction == "above":
+    def excludes_no_effect(self, estimate: Estimate, side: Literal["above", "below"] | None = None) -> bool:
+        """Whether the whole interval lies on one side of `no_effect`, by default the claimed one."""
+        if (side or self.direction) == "above":
             return bool(estimate.low > self.no_effect)
         return bool(estimate.high < self.no_effect)
 
@@ -133,9 +136,33 @@ class Control:
     name: str
     """What was held against the claim, such as "random vector of equal norm"."""
     estimate: Estimate | float
-    """What the control measured."""
-    passed: bool | np.bool_
-    """Whether it came out as it must if the claim is right for the right reason."""
+    """What the control measured; NaN if it was not measured."""
+    passed: bool | np.bool_ | None
+    """Whether it came out as it must if the claim is right for the right reason; None if it was not measured."""
+    kind: Literal["validity", "strength"] = "strength"
+    """Validity: if it fails, the measurement says nothing of the claim (gibberish, a manipulation that did not take).
+    Strength: if it fails, the effect may be there, but for another reason or not strongly enough."""
+
+    @property
+    def state(self) -> Literal["passed", "failed", "not measured"]:
+        """What a reader is told."""
+        return "not measured" if self.passed is None else "passed" if self.passed else "failed"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured for one claim, before it is judged; made by the functions of `helpers.measurements`."""
+
+    claim: str
+    """Its id in `book/claims.yml`."""
+    estimate: Estimate
+    controls: Sequence[Control] = ()
+    reason: str = ""
+    """What a reader must know beyond the reason that the rule gives."""
+
+
+NOT_MEASURED = Estimate(math.nan, math.nan, math.nan, 0)
+"""In place of an estimate where a run leaves a measurement out; such a claim is not judged."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +174,24 @@ class Finding:
     low: float
     high: float
     n: int
-    """Number of measurements behind the value, usually sequences."""
+    """Units behind the value, such as questions; with several seeds, those of each seed."""
     seeds: tuple[int, ...]
+    """Training seeds behind the value; empty where nothing was trained."""
     controls: tuple[Control, ...]
     verdict: Verdict
     reason: str
     """Why this verdict, in one sentence."""
+
+    @property
+    def measured(self) -> str:
+        """Value and interval, such as `0.12 [0.05, 0.2]`."""
+        return f"{_number(self.value)} [{_number(self.low)}, {_number(self.high)}]"
+
+    @property
+    def units(self) -> str:
+        """Of what it is a mean, such as `n = 32 of each of 5 seeds`."""
+        count = len(self.seeds)
+        return f"n = {self.n}" + (f" of each of {count} seeds" if count > 1 else ", one seed" if count else "")
 
     def record(self) -> dict[str, Any]:
         """The finding as JSON-ready values; a number that is not finite becomes None."""
@@ -164,7 +203,8 @@ class Finding:
             "n": self.n,
             "seeds": list(self.seeds),
             "controls": [
-                {"name": c.name, **_estimate_record(c.estimate), "passed": bool(c.passed)} for c in self.controls
+                {"name": c.name, "kind": c.kind, **_estimate_record(c.estimate), "state": c.state}
+                for c in self.controls
             ],
             "verdict": self.verdict,
             "reason": self.reason,
@@ -174,26 +214,42 @@ class Finding:
 def verdict(claim: Claim, estimate: Estimate, controls: Sequence[Control] = (), *, preset: str) -> tuple[Verdict, str]:
     """The verdict on a claim and the reason for it.
 
-    *reproduced*: the value meets the threshold, the interval excludes `no_effect` on the claimed side, and
-    every control passed. *direction only*: the interval does, but the threshold or a control fails.
-    *not reproduced*: the interval does not. *not judged*: the model is random (preset `tiny`), or
-    there is no number.
+    *invalid*: a validity control failed, so the number says nothing of the claim. *contradicted*: the interval lies
+    beyond no effect on the other side, or holds no effect and stops short of the threshold. *undecided*: the interval
+    holds no effect and the threshold. Else it excludes no effect on the claimed side: *reproduced* if the value meets
+    the threshold and every control passed (one that was not measured did not), *direction only* if not. *not judged*:
+    the model is random (preset `tiny`), or there is no finite number.
     """
     if preset == "tiny":
         return "not judged", "The tiny preset runs a random model, which can only show that the code works."
     if not all(map(math.isfinite, (estimate.value, estimate.low, estimate.high))):
         return "not judged", "The measurement gave no finite number or interval."
+    broken = [c.name for c in controls if c.kind == "validity" and c.state == "failed"]
+    if broken:
+        return "invalid", f"The measurement says nothing of the claim, since this failed: {', '.join(broken)}."
+    nothing, other = claim.no_effect, _OTHER[claim.direction]
+    if claim.excludes_no_effect(estimate, other):
+        return "contradicted", f"The interval lies {other} {_number(nothing)}, which is no effect."
+    limit = "at least" if claim.direction == "above" else "at most"
     if not claim.excludes_no_effect(estimate):
+        if not (claim.met_by(estimate.low) or claim.met_by(estimate.high)):
+            return (
+                "contradicted",
+                f"The interval holds no effect ({_number(nothing)}) and no value that is {limit} "
+                f"{_number(claim.threshold)}.",
+            )
+        trained = f" and {len(estimate.seeds)} seed{'s' * (len(estimate.seeds) > 1)}" if estimate.seeds else ""
         return (
-            "not reproduced",
-            f"The interval does not lie {claim.direction} {_number(claim.no_effect)}, which is no effect.",
+            "undecided",
+            f"The interval holds no effect ({_number(nothing)}) and the threshold ({_number(claim.threshold)}); "
+            f"n = {estimate.n}{trained} could have shown a difference of {_number(estimate.detectable)} or more.",
         )
-    failed = [control.name for control in controls if not control.passed]
     if not claim.met_by(estimate.value):
-        limit = "at least" if claim.direction == "above" else "at most"
         return "direction only", f"The value is not {limit} {_number(claim.threshold)}."
-    if failed:
-        return "direction only", f"This control did not come out as it must: {', '.join(failed)}."
+    for state, words in (("failed", "did not come out as it must"), ("not measured", "was not measured")):
+        missing = [control.name for control in controls if control.state == state]
+        if missing:
+            return "direction only", f"This control {words}: {', '.join(missing)}."
     return (
         "reproduced",
         "The value meets the threshold, the interval excludes no effect, and all controls passed.",
@@ -325,33 +381,56 @@ class Findings:
         """Where this run's files go."""
         return PROJECT / (self.params.results or f"results/{self.params.preset}/{self.params.chapter}")
 
-    def judge(self, claim_id: str, estimate: Estimate, controls: Sequence[Control] = (), reason: str = "") -> Finding:
-        """Give the verdict on a claim, and remember it. `reason` is added to the reason that the rule gives.
+    def judge(self, *measurements: Measurement) -> None:
+        """Give the verdict on each claim that was measured, and remember it.
 
-        Raises FindingError if the claim is unknown or belongs to another chapter.
+        Raises FindingError if a claim is unknown or belongs to another chapter.
         """
-        claim = self.claims.get(claim_id)
-        if claim is None:
-            near = difflib.get_close_matches(claim_id, self.claims, n=1, cutoff=0)
-            raise FindingError(f"There is no claim {claim_id!r} in book/claims.yml; did you mean {''.join(near)!r}?")
-        if claim.chapter != self.params.chapter:
-            raise FindingError(
-                f"The claim {claim_id!r} belongs to {claim.chapter}, not to {self.params.chapter}; judge it there."
+        for measured in measurements:
+            claim = self.claims.get(measured.claim)
+            if claim is None:
+                near = "".join(difflib.get_close_matches(measured.claim, self.claims, n=1, cutoff=0))
+                raise FindingError(f"There is no claim {measured.claim!r} in book/claims.yml; did you mean {near!r}?")
+            if claim.chapter != self.params.chapter:
+                raise FindingError(
+                    f"The claim {claim.id!r} belongs to {claim.chapter}, not to {self.params.chapter}; judge it there."
+                )
+            estimate = measured.estimate
+            decided, why = verdict(claim, estimate, measured.controls, preset=self.params.preset)
+            self.found[claim.id] = Finding(
+                claim=claim.id,
+                value=float(estimate.value),
+                low=float(estimate.low),
+                high=float(estimate.high),
+                n=int(estimate.n),
+                seeds=tuple(estimate.seeds),
+                controls=tuple(measured.controls),
+                verdict=decided,
+                reason=f"{why} {measured.reason}".strip(),
             )
-        decided, why = verdict(claim, estimate, controls, preset=self.params.preset)
-        finding = Finding(
-            claim=claim_id,
-            value=float(estimate.value),
-            low=float(estimate.low),
-            high=float(estimate.high),
-            n=int(estimate.n),
-            seeds=tuple(self.params.seeds),
-            controls=tuple(controls),
-            verdict=decided,
-            reason=f"{why} {reason}".strip(),
-        )
-        self.found[claim_id] = finding
-        return finding
+
+    def sentence(self, claim_id: str) -> str:
+        """What this run says of a claim, in a sentence or two that its verdict chooses; for the text under a figure."""
+        claim, finding = self.claims[claim_id], self.found.get(claim_id)
+        if finding is None or not math.isfinite(finding.value):
+            why = f": {_uncapped(finding.reason)}" if finding else ": it was not measured."
+            return f"Not judged: {_uncapped(claim.statement)} This run has no verdict{why}"
+        opening = {
+            "reproduced": "Reproduced here",
+            "direction only": "Only the direction is reproduced here",
+            "contradicted": "Contradicted here",
+            "undecided": "Undecided here",
+            "invalid": "No valid test here",
+            "not judged": "Not judged",
+        }[finding.verdict]
+        number = f"The {claim.metric}: {finding.measured} {claim.unit}, {finding.units}."
+        why = "" if finding.verdict == "reproduced" else f" {finding.reason}"
+        return f"{opening}: {_uncapped(claim.statement)} {number}{why}"
+
+    def glue_sentences(self) -> None:
+        """Make each claim's sentence available to the prose, under the name `said.{claim}`."""
+        for claim in self._chapter_claims():
+            self.glue(f"said.{claim.id}", self.sentence(claim.id))
 
     def glue(self, name: str, value: Any, fmt: str = "") -> str:
         """Make a number available to the prose under `name` (role `glue:text`), formatted by the format spec `fmt`.
@@ -376,9 +455,9 @@ class Findings:
             if finding is None:
                 rows.append((expected, "", "not judged: not measured in this run"))
                 continue
-            measured = f"{_number(finding.value)} [{_number(finding.low)}, {_number(finding.high)}], n = {finding.n}"
+            measured = f"{finding.measured}, {finding.units}"
             outcome = f"**{finding.verdict}**" + ("." if finding.verdict == "reproduced" else f": {finding.reason}")
-            controls = "; ".join(f"{c.name}: {'passed' if c.passed else 'failed'}" for c in finding.controls)
+            controls = "; ".join(f"{c.name}: {c.state}" for c in finding.controls)
             rows.append((expected, measured, f"{outcome} Controls: {controls}." if controls else outcome))
         return Markdown(_markdown_table(("Claim", "Measured here, 95% interval", "Verdict"), rows))
 
@@ -461,6 +540,12 @@ def _estimate_record(estimate: Estimate | float) -> dict[str, Any]:
     return {"value": _finite(float(estimate)), "low": None, "high": None, "n": None}
 
 
+def _uncapped(sentence: str) -> str:
+    """A sentence as it follows a colon; abbreviations and names keep their capitals."""
+    head = sentence.split(" ", 1)[0]
+    return sentence if len(head) < 2 or not head[1:].islower() else sentence[0].lower() + sentence[1:]
+
+
 def _number(value: float) -> str:
     return f"{value:.3g}"
 
@@ -481,9 +566,7 @@ def _csv_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             **row,
             "seeds": " ".join(map(str, row["seeds"])),
-            "controls": "; ".join(
-                f"{control['name']}={'passed' if control['passed'] else 'failed'}" for control in row["controls"]
-            ),
+            "controls": "; ".join(f"{control['name']}={control['state']}" for control in row["controls"]),
         }
         for row in found
     ] or [dict.fromkeys(("claim", "value", "low", "high", "n", "seeds", "controls", "verdict", "reason"))]

@@ -246,7 +246,7 @@ class LookingInsideParams(Params):
             "coefficients": (1.0, 2.0, 4.0),
             "questions": 12,
             "max_new_tokens": 24,
-            "draws": 1000,
+            "draws": 4000,
             "resamples": 2000,
         },
         "full": {

@@ -27,7 +27,9 @@ def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references:
         "# Scoreboard",
         "What each source claims, and what came out. *Reproduced*: the number meets the threshold, its 95% "
         "interval excludes no effect, and every control passed. *Direction only*: the interval excludes no "
-        "effect, but the threshold or a control fails. *Not judged*: no verdict, for the reason given.",
+        "effect, but the threshold or a strength control is missed. *Contradicted*: the interval excludes the "
+        "claim. *Undecided*: the interval holds both no effect and the threshold. *Invalid*: a validity control "
+        "failed, so the number says nothing of the claim. *Not judged*: no verdict, for the reason given.",
     ]
     for chapter in sorted({claim.chapter for claim in claims.values()}):
         here = [claim for claim in claims.values() if claim.chapter == chapter]
@@ -122,7 +124,7 @@ def _numbers(claims: Sequence[Claim], run: Run) -> str:
         if found is None:
             rows.append([f"`{claim.id}`", claim.metric, f"{claim.source}, {claim.where}", "", "", "", "not measured"])
             continue
-        controls = [f"{c['name']}: {'passed' if c['passed'] else 'failed'}" for c in found["controls"]]
+        controls = [f"{c['name']} ({c['kind']}): {c['state']}" for c in found["controls"]]
         rows.append(
             [
                 f"`{claim.id}`",
@@ -130,7 +132,7 @@ def _numbers(claims: Sequence[Claim], run: Run) -> str:
                 f"{claim.source}, {claim.where}"
                 + (f": {claim.source_value:g}" if claim.source_value is not None else ""),
                 f"{_short(found['value'])} [{_short(found['low'])}, {_short(found['high'])}]",
-                f"{found['n']}, {len(found['seeds'])}",
+                f"{found['n']}, {len(found['seeds']) or 'none'}",
                 "; ".join(controls) or "none",
                 found["reason"],
             ]

@@ -1,11 +1,11 @@
-"""Estimates with intervals: bootstrap means and differences, shares, AUROC, rank correlation.
+"""Estimates with intervals: means over seeds and questions, shares, AUROC, rank correlation.
 
-Every function returns an `Estimate` at one confidence level, so that a claim is judged on an interval and
-never on a bare number. Where a resampling interval would have no width (all successes, perfect separation),
-a closed form that does is used instead.
+Every function returns an `Estimate` at one confidence level, so that a claim is judged on an interval and never on a
+bare number. No interval has width 0: where the sample shows no variation, a closed form says how much a sample of that
+size can have missed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from scipy.optimize import brentq
 
 Array = np.ndarray
 
+ROUNDING = 2.0**-8
+"""Relative rounding error of bfloat16, in which models compute: no measured number is known better."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -25,118 +28,141 @@ class Estimate:
     low: float
     high: float
     n: int
-    """Observations behind the value."""
+    """Units behind the value, such as questions; with several seeds, those of each seed."""
     level: float = 0.95
+    seeds: tuple[int, ...] = ()
+    """Training seeds behind the value; empty where nothing was trained."""
 
     def __format__(self, spec: str) -> str:
         """`f"{estimate:.2f}"` gives `0.12 [0.05, 0.20]`."""
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
+    @property
+    def detectable(self) -> float:
+        """The smallest effect that such a sample would have told from none in four of five runs.
 
-def _column(values: ArrayLike, name: str) -> Float[Array, " n"]:
-    column = np.asarray(values, dtype=np.float64)
-    if column.ndim != 1 or column.size == 0:
-        raise ValueError(f"'{name}' must be a non-empty list of numbers; it has shape {column.shape}.")
-    bad = int((~np.isfinite(column)).sum())
+        A normal approximation: half the interval's width, times (z_0.975 + z_0.8) / z_0.975.
+        """
+        z = float(stats.norm.ppf((1 + self.level) / 2))
+        return (self.high - self.low) / 2 * (z + float(stats.norm.ppf(0.8))) / z
+
+
+def _finite(values: ArrayLike, name: str) -> Float[Array, "*shape"]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError(f"'{name}' must be a non-empty list of numbers; it has shape {array.shape}.")
+    bad = int((~np.isfinite(array)).sum())
     if bad:
         raise ValueError(
-            f"{bad} of {column.size} numbers in '{name}' are NaN or infinite; drop them and report how many."
+            f"{bad} of {array.size} numbers in '{name}' are NaN or infinite; drop them and report how many."
         )
+    return array
+
+
+def _column(values: ArrayLike, name: str) -> Float[Array, " n"]:
+    column = _finite(values, name)
+    if column.ndim != 1:
+        raise ValueError(f"'{name}' must be a non-empty list of numbers; it has shape {column.shape}.")
     return column
 
 
-def _resampled_means(values: Float[Array, " n"], rng: np.random.Generator, resamples: int) -> Float[Array, " r"]:
-    means = np.empty(resamples)
-    chunk = max(1, 4_000_000 // values.size)  # bounds memory, whatever n is
-    for start in range(0, resamples, chunk):
-        stop = min(start + chunk, resamples)
-        picks = rng.integers(values.size, size=(stop - start, values.size))
-        means[start:stop] = values[picks].mean(axis=1)
-    return means
+def mean_estimate(values: ArrayLike, *, seeds: Sequence[int] = (), level: float = 0.95) -> Estimate:
+    """Mean of `values` (question) or (seed, question), with a t interval.
 
+    Seeds and questions are crossed: every seed is asked the same questions. The variance of the mean is that of a
+    two-way analysis of variance without replication, (MS_seed + MS_question - MS_error) / (S Q), at least
+    MS_error / (S Q); degrees of freedom by Satterthwaite (Biometrics Bulletin 1946), at least S - 1 where seeds vary
+    beyond the error. With one seed the interval speaks of the questions alone. A difference of two arms is taken per
+    seed and question first, and passed here.
 
-def _percentiles(value: float, means: Float[Array, " r"], n: int, level: float) -> Estimate:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(value), float(low), float(high), n, level)
+    Values of 0 and 1 are shares: Wilson's interval, at the sample size that this variance amounts to. Where nothing
+    varies, an unseen share of the questions (exact binomial limit for 0 of n) may differ, by 1 where values are whole
+    numbers, else by the rounding of bfloat16. One number alone has no bounds, unless it is a share.
 
+    Args:
+        values: one number a question, or one row a seed.
+        seeds: the seeds of the rows; without them rows are only counted.
 
-def bootstrap_mean(
-    values: ArrayLike,
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-    groups: ArrayLike | None = None,
-    level: float = 0.95,
-) -> Estimate:
-    """Mean with a percentile bootstrap interval.
-
-    `groups` (one label per value, e.g. the training seed) makes the bootstrap hierarchical: groups are
-    resampled, then values within each drawn group, and the value is the mean of the group means. With few
-    groups (five seeds) such an interval is somewhat too narrow; with one group it is the plain bootstrap.
+    Raises:
+        ValueError: for numbers that are not finite, more than two axes, or seeds that are not one a row.
     """
-    column = _column(values, "values")
-    rng = np.random.default_rng(seed)
-    if groups is None:
-        return _percentiles(column.mean(), _resampled_means(column, rng, resamples), column.size, level)
-
-    labels = np.asarray(groups)
-    if labels.shape != column.shape:
-        raise ValueError(f"'groups' needs one label per value; it has {labels.size} for {column.size} values.")
-    members = [column[labels == label] for label in np.unique(labels)]
-    drawn = rng.integers(len(members), size=(resamples, len(members)))
-    means = np.empty(drawn.shape)
-    for index, group in enumerate(members):
-        slots = drawn == index
-        means[slots] = _resampled_means(group, rng, int(slots.sum()))
-    value = np.mean([group.mean() for group in members])
-    return _percentiles(float(value), means.mean(axis=1), column.size, level)
-
-
-def bootstrap_difference(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    paired: bool,
-    seed: int = 0,
-    resamples: int = 2000,
-    groups: ArrayLike | None = None,
-    level: float = 0.95,
-) -> Estimate:
-    """Mean of `first` minus mean of `second`, with a percentile bootstrap interval.
-
-    `paired=True` resamples pairs (same sequence measured twice), which is tighter; `groups` as in
-    `bootstrap_mean`, for paired data only.
-    """
-    a, b = _column(first, "first"), _column(second, "second")
-    if paired:
-        if a.size != b.size:
-            raise ValueError(f"Paired samples must have equal length; they have {a.size} and {b.size} values.")
-        return bootstrap_mean(a - b, seed=seed, resamples=resamples, groups=groups, level=level)
-    if groups is not None:
-        raise ValueError("'groups' needs paired samples; pass paired=True, or average within each group first.")
-    rng = np.random.default_rng(seed)
-    means = _resampled_means(a, rng, resamples) - _resampled_means(b, rng, resamples)
-    return _percentiles(a.mean() - b.mean(), means, a.size + b.size, level)
+    table = np.atleast_2d(_finite(values, "values"))
+    if table.ndim != 2:
+        raise ValueError(f"'values' must be (question) or (seed, question); it has shape {table.shape}.")
+    rows, count = table.shape
+    if seeds and len(seeds) != rows:
+        raise ValueError(f"There are {len(seeds)} seeds for {rows} rows of values; pass one seed a row.")
+    value = float(table.mean())
+    variance, freedom = _two_way(table)
+    shares = bool(np.isin(table, (0.0, 1.0)).all())
+    if table.size == 1 and not shares:
+        low, high = -np.inf, np.inf
+    elif variance == 0:
+        missed = 1 - ((1 - level) / 2) ** (1 / count)  # exact upper limit of a share seen in 0 of n
+        step = 1.0 if (table == np.round(table)).all() else max(abs(value), ROUNDING) * ROUNDING
+        low, high = value - missed * step, value + missed * step
+    elif shares:
+        low, high = _wilson(value, value * (1 - value) / variance, float(stats.t.ppf((1 + level) / 2, freedom)))
+    else:
+        reach = float(stats.t.ppf((1 + level) / 2, freedom)) * variance**0.5
+        reach = max(reach, 8 * np.finfo(float).eps * float(np.abs(table).max()))
+        low, high = value - reach, value + reach
+    if shares:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(value, float(low), float(high), count, level, tuple(seeds))
 
 
-def mean_over_seeds(values: ArrayLike, *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Estimate:
-    """Mean of `values` (seed, sequence): a bootstrap over sequences, and over seeds where there are several."""
-    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    groups = np.repeat(np.arange(len(table)), table.shape[1]) if len(table) > 1 else None
-    return bootstrap_mean(table.ravel(), seed=seed, resamples=resamples, groups=groups, level=level)
+def _two_way(table: Float[Array, "seed question"]) -> tuple[float, float]:
+    """Variance of the grand mean of crossed seeds and questions, and its degrees of freedom."""
+    rows, count = table.shape
+    centred = table - table.mean()
+    by_seed, by_question = centred.mean(1), centred.mean(0)
+    if rows == 1 or count == 1:
+        if table.size == 1:
+            return 0.0, 1.0
+        return float(centred.var(ddof=1) / table.size), table.size - 1.0
+    of_seeds = count * float((by_seed**2).sum()) / (rows - 1)
+    of_questions = rows * float((by_question**2).sum()) / (count - 1)
+    left = centred - by_seed[:, None] - by_question[None]
+    free = (rows - 1) * (count - 1)
+    error = float((left**2).sum()) / free
+    total = of_seeds + of_questions - error
+    if total <= error:
+        return error / table.size, float(free)
+    freedom = total**2 / (of_seeds**2 / (rows - 1) + of_questions**2 / (count - 1) + error**2 / free)
+    if of_seeds > of_questions:
+        freedom = max(freedom, rows - 1.0)
+    return total / table.size, freedom
+
+
+def _wilson(value: float, count: float, quantile: float) -> tuple[float, float]:
+    """Wilson's interval for a share of so many independent units."""
+    square = quantile**2 / count
+    centre = (value + square / 2) / (1 + square)
+    reach = quantile / (1 + square) * (value * (1 - value) / count + square / (4 * count)) ** 0.5
+    return centre - reach, centre + reach
 
 
 def bootstrap(
     statistic: Callable[..., float], *samples: Array, seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> Estimate:
-    """`statistic(*samples)` with a percentile interval; the rows of all samples are resampled together."""
+    """`statistic(*samples)` with a percentile interval; the rows of all samples are resampled together.
+
+    For what has no closed form, such as a ratio of variances. Where resampling changes nothing, the interval is the
+    rounding of bfloat16.
+    """
     n = len(samples[0])
     if any(len(sample) != n for sample in samples):
         raise ValueError(f"Samples resampled together must be equally long; got {[len(s) for s in samples]} rows.")
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(n, size=n) for _ in range(resamples)]
     found = np.array([statistic(*(sample[rows] for sample in samples)) for rows in drawn])
-    return _percentiles(statistic(*samples), found, n, level)
+    value = float(statistic(*samples))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    least = max(abs(value), ROUNDING) * ROUNDING
+    if high - low < 2 * least:
+        low, high = min(low, value - least), max(high, value + least)
+    return Estimate(value, float(low), float(high), n, level)
 
 
 def share(successes: int | np.integer, n: int | np.integer, *, level: float = 0.95) -> Estimate:
@@ -145,6 +171,26 @@ def share(successes: int | np.integer, n: int | np.integer, *, level: float = 0.
         raise ValueError(f"A share needs 0 <= successes <= n and n > 0; got {successes} of {n}.")
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence_level=level, method="exact")
     return Estimate(successes / n, float(interval.low), float(interval.high), int(n), level)
+
+
+def share_difference(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """Share of true values in `first` minus that in `second`, of different units.
+
+    Newcombe's hybrid score interval (method 10 of Statistics in Medicine 17 (1998) 873-890), which has width even where
+    the shares are 0 and 1. For the same units measured twice, pass differences to `mean_estimate`.
+    """
+    z = float(stats.norm.ppf((1 + level) / 2))
+    (p, low_p, high_p, n), (q, low_q, high_q, m) = (
+        (float(x.mean()), *_wilson(float(x.mean()), float(x.size), z), x.size)
+        for x in (_column(first, "first"), _column(second, "second"))
+    )
+    return Estimate(
+        p - q,
+        p - q - ((p - low_p) ** 2 + (high_q - q) ** 2) ** 0.5,
+        p - q + ((high_p - p) ** 2 + (q - low_q) ** 2) ** 0.5,
+        n + m,
+        level,
+    )
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike, *, level: float = 0.95) -> Estimate:
@@ -176,22 +222,26 @@ def auroc(scores: ArrayLike, labels: ArrayLike, *, level: float = 0.95) -> Estim
     return Estimate(float(area), float(low), float(high), truth.size, level)
 
 
-def auroc_difference(
-    first: ArrayLike, second: ArrayLike, labels: ArrayLike, *, seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> Estimate:
-    """AUROC of `first` minus AUROC of `second` on the same rows; a bootstrap over positives, the negatives given.
+def auroc_difference(first: ArrayLike, second: ArrayLike, labels: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """AUROC of `first` minus AUROC of `second` on the same rows, with the interval of DeLong et al. (Biometrics 1988).
 
-    An AUROC is the mean over positives of the share of negatives that each scores above (ties count half), and these
-    shares are paired. Raises ValueError if a class is missing.
+    Both classes are sampled. Where the scores rank every row alike, an unseen share of the smaller class (exact
+    binomial limit for 0 of n) may be ranked otherwise. Raises ValueError if a class is missing.
     """
     truth = np.asarray(labels).astype(bool)
     if not 0 < truth.sum() < truth.size:
         raise ValueError("AUROC needs at least one positive and one negative label.")
-    shares = []
+    wins = []
     for scores in (_column(first, "first"), _column(second, "second")):
-        above = np.sign(scores[truth][:, None] - scores[~truth][None])
-        shares.append((above + 1).mean(1) / 2)
-    return bootstrap_mean(shares[0] - shares[1], seed=seed, resamples=resamples, level=level)
+        wins.append((np.sign(scores[truth][:, None] - scores[~truth][None]) + 1) / 2)  # (positive, negative)
+    gained = wins[0] - wins[1]
+    value = float(gained.mean())
+    positives, negatives = gained.shape
+    parts = [side for side in (gained.mean(1), gained.mean(0)) if side.size > 1]
+    variance = sum(float(side.var(ddof=1)) / side.size for side in parts)
+    missed = 1 - ((1 - level) / 2) ** (1 / min(positives, negatives))
+    reach = float(stats.norm.ppf((1 + level) / 2)) * variance**0.5 or missed
+    return Estimate(value, max(value - reach, -1.0), min(value + reach, 1.0), truth.size, level)
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Estimate:

@@ -43,10 +43,10 @@ from helpers.exercises.primer import (
     check_five_seeds,
     check_high_score,
     check_logit_lens,
-    check_not_reproduced,
     check_predicting,
     check_slope,
     check_turning_point,
+    check_undecided,
 )
 from helpers.exercises.prompt_only_steering import (
     check_ends,
@@ -99,7 +99,6 @@ __all__ = [
     "check_logit_lens",
     "check_loss_difference",
     "check_micro_batch",
-    "check_not_reproduced",
     "check_nothing_steers",
     "check_other_trait",
     "check_overall",
@@ -120,5 +119,6 @@ __all__ = [
     "check_steering_hook",
     "check_steering_sign",
     "check_turning_point",
+    "check_undecided",
     "check_unlearnt",
 ]

@@ -178,25 +178,25 @@ def check_high_score(choice: str | None = None) -> None:
     )
 
 
-NOT_REPRODUCED_QUESTION = """\
-A claim comes out as "not reproduced" on 32 sequences. What do you know now?
+UNDECIDED_QUESTION = """\
+A claim comes out as "undecided" on 32 questions. What do you know now?
 
-a) Zero effect and a small effect would both give this; the interval says how large an effect is still possible.
+a) Zero effect and the claimed effect would both give this; the interval says how large an effect is still possible.
 b) There is no effect in this model.
 c) The paper is wrong.
 d) The effect is there, but smaller than the threshold."""
 
 
-def check_not_reproduced(choice: str | None = None) -> None:
-    """Ask what "not reproduced" says, or check the answer "a", "b", "c" or "d"."""
+def check_undecided(choice: str | None = None) -> None:
+    """Ask what "undecided" says, or check the answer "a", "b", "c" or "d"."""
     check_choice(
         choice,
-        NOT_REPRODUCED_QUESTION,
+        UNDECIDED_QUESTION,
         "a",
         {
-            "a": "the rule has little power against small effects, so look at the interval before you conclude.",
-            "b": "the interval does not exclude zero; that is not the same as excluding everything else.",
-            "c": "another model, other data and few sequences refute nothing that was measured elsewhere.",
+            "a": "the sample is too small to tell, so look at the interval before you conclude.",
+            "b": "the interval holds zero, but the claimed effect as well; neither is excluded.",
+            "c": "another model, other data and few questions refute nothing that was measured elsewhere.",
             "d": 'that would be "direction only": its interval excludes zero, and this one does not.',
         },
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from helpers.findings import Claim, Verdict, verdict
 from helpers.gradients import ActivationGradients
-from helpers.statistics import Estimate, bootstrap_mean, share
+from helpers.statistics import Estimate, mean_estimate, share
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,46 @@ def coverage(measure: Callable[[np.random.Generator], Estimate], truth: float, *
     return share(sum(e.low <= truth <= e.high for e in found), draws)
 
 
+@dataclass(frozen=True)
+class Crossed:
+    """Outcomes of the same questions under several training seeds: what varies, in standard deviations."""
+
+    seeds: int
+    of_seeds: float
+    """Between seeds."""
+    of_questions: float
+    """Between questions."""
+    left: float = 1.0
+    """What neither a question nor a seed accounts for."""
+
+    def draw(self, rng: np.random.Generator, questions: int, mean: float) -> Float[np.ndarray, "seed question"]:
+        """One outcome for each seed and question, around `mean`."""
+        of_seeds = self.of_seeds * rng.standard_normal((self.seeds, 1))
+        of_questions = self.of_questions * rng.standard_normal((1, questions))
+        return mean + of_seeds + of_questions + self.left * rng.standard_normal((self.seeds, questions))
+
+
+CROSSED = {
+    f"{seeds} seeds, {name}": Crossed(seeds, *spread)
+    for seeds in (3, 5)
+    for name, spread in {
+        "seeds vary most": (1.0, 0.2),
+        "questions vary most": (0.05, 1.0),
+        "neither varies": (0.0, 0.0),
+    }.items()
+}
+"""Trained arms whose truth is planted, by name."""
+
+
 def verdict_shares(
-    claim: Claim, effect: float, *, count: int, draws: int, seed: int, resamples: int
+    claim: Claim, effect: float, sample: Crossed, *, questions: int, draws: int, seed: int
 ) -> dict[Verdict, Estimate]:
-    """How often each verdict comes out, where `count` sequences have a mean of `effect` and unit Gaussian noise."""
+    """How often each verdict comes out, where the outcomes of `sample` have a mean of `effect`."""
     rng = np.random.default_rng(seed)
     found: list[Verdict] = []
-    for draw in range(draws):
-        estimate = bootstrap_mean(effect + rng.standard_normal(count), seed=draw, resamples=resamples)
+    for _ in range(draws):
+        estimate = mean_estimate(sample.draw(rng, questions, effect))
         found.append(verdict(claim, estimate, preset="quick")[0])  # no preset's model is in this
-    return {name: share(found.count(name), draws) for name in get_args(Verdict)[:3]}
+    return {
+        name: share(found.count(name), draws) for name in get_args(Verdict) if name not in ("invalid", "not judged")
+    }

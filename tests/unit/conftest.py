@@ -11,6 +11,7 @@ from helpers.artifacts import Store
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
 from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
+from helpers.findings import load_claims, verdict
 from helpers.models import load
 
 
@@ -36,6 +37,17 @@ def store(tmp_path_factory):
         for module in (alignment, filtering, refusal, sentiment, steering, traits, weights):
             patch.setattr(module, "default_store", lambda: store)
         yield store
+
+
+@pytest.fixture(scope="session")
+def verdict_of():
+    """The verdict on a planted measurement, by the registered claim."""
+    claims = load_claims()
+
+    def decided(measured):
+        return verdict(claims[measured.claim], measured.estimate, measured.controls, preset="full")[0]
+
+    return decided
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 
 from helpers import cli
 from helpers.comparison import ComparisonError, compare, load_runs
-from helpers.findings import Control, Findings, load_claims, provenance
+from helpers.findings import Control, Findings, Measurement, load_claims, provenance
 from helpers.params import InoculationParams, PreventativeSteeringParams
 from helpers.statistics import Estimate
 
@@ -28,7 +28,7 @@ def save(tmp_path):
         chosen = params(**{"preset": "quick", **given, "results": str(tmp_path / name)})
         findings = Findings(chosen, provenance(chosen, Model(chosen.model, digest, device, "torch.float32")))
         for claim, estimate in zip(claims_of(params), estimates, strict=False):
-            findings.judge(claim, estimate, [Control("the placebo", 0.2, passed)])
+            findings.judge(Measurement(claim, estimate, [Control("the placebo", 0.2, passed)]))
         return findings.save()
 
     return saved
@@ -55,7 +55,7 @@ def test_a_changed_value_comes_with_its_interval_and_the_verdict_with_its_reason
     text = compare(save("a", [HIGH]), save("b", [LOW]))
     claim = claims_of(InoculationParams)[0]
     assert f"{claim}: 0.99 [0.97, 1] -> 0.1 [0.05, 0.2], intervals do not overlap" in text
-    assert "verdict: reproduced -> not reproduced: The interval does not lie" in text
+    assert "verdict: reproduced -> contradicted: The interval lies below" in text
     assert "1 of 1 verdicts differ" in text
 
 

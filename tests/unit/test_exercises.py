@@ -308,7 +308,7 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_turning_point, lambda w, h, y, v: (w @ h - y) / (w @ v), "sign is wrong"),
         (exercises.check_five_seeds, "d", "only more seeds do"),
         (exercises.check_high_score, "a", "fluent written answers"),
-        (exercises.check_not_reproduced, "d", "direction only"),
+        (exercises.check_undecided, "d", "direction only"),
     ],
 )
 def test_a_wrong_answer_is_told_why(check, answer, why, capsys):
@@ -325,7 +325,7 @@ def test_an_unknown_mode_names_the_modes():
 QUESTIONS = {
     exercises.check_five_seeds: "b",
     exercises.check_high_score: "c",
-    exercises.check_not_reproduced: "a",
+    exercises.check_undecided: "a",
     exercises.check_random_panel: "c",
     exercises.check_other_trait: "a",
     exercises.check_placebo_interpretation: "a",

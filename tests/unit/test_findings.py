@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.findings import Claim, Control, FindingError, Findings, load_claims, provenance, verdict
+from helpers.findings import Claim, Control, FindingError, Findings, Measurement, load_claims, provenance, verdict
 from helpers.statistics import Estimate
 
 ABOVE = Claim(
@@ -51,12 +51,15 @@ def run(folder: Path, preset: str = "quick") -> Findings:
         (ABOVE, 0.95, 0.8, 1.0, "reproduced"),
         (ABOVE, 0.90, 0.8, 1.0, "reproduced"),
         (ABOVE, 0.80, 0.6, 0.9, "direction only"),
-        (ABOVE, 0.95, 0.4, 1.0, "not reproduced"),
-        (ABOVE, 0.95, 0.5, 1.0, "not reproduced"),
+        (ABOVE, 0.95, 0.4, 1.0, "undecided"),
+        (ABOVE, 0.95, 0.5, 1.0, "undecided"),
+        (ABOVE, 0.55, 0.4, 0.7, "contradicted"),
+        (ABOVE, 0.30, 0.2, 0.4, "contradicted"),
         (BELOW, 0.05, 0.0, 0.2, "reproduced"),
         (BELOW, 0.20, 0.1, 0.4, "direction only"),
-        (BELOW, 0.05, 0.0, 0.6, "not reproduced"),
-        (BELOW, 0.95, 0.9, 1.0, "not reproduced"),
+        (BELOW, 0.05, 0.0, 0.6, "undecided"),
+        (BELOW, 0.40, 0.2, 0.6, "contradicted"),
+        (BELOW, 0.95, 0.9, 1.0, "contradicted"),
         (ABOVE, float("nan"), 0.6, 0.9, "not judged"),
         (ABOVE, 0.95, float("nan"), float("nan"), "not judged"),
     ],
@@ -72,31 +75,61 @@ def test_a_failed_control_turns_reproduced_into_direction_only_and_is_named():
     assert "random vector" in reason and "placebo" not in reason
 
 
+def test_a_failed_validity_control_makes_any_number_invalid():
+    broken = [Control("answers are words", 0.4, passed=False, kind="validity")]
+    for estimate in (Estimate(0.95, 0.8, 1.0, 20), Estimate(0.3, 0.2, 0.4, 20), Estimate(0.5, 0.1, 1.0, 20)):
+        assert verdict(ABOVE, estimate, broken, preset="quick")[0] == "invalid"
+
+
+@pytest.mark.parametrize("kind", ["validity", "strength"])
+def test_a_control_that_was_not_measured_has_not_passed(kind):
+    controls = [Control("random vector", float("nan"), passed=None, kind=kind)]
+    decided, reason = verdict(ABOVE, Estimate(0.95, 0.8, 1.0, 20), controls, preset="quick")
+    assert decided == "direction only" and "was not measured: random vector" in reason
+
+
+def test_undecided_says_what_could_have_been_shown():
+    reason = verdict(ABOVE, Estimate(0.6, 0.3, 0.95, 32, seeds=(0, 1)), preset="quick")[1]
+    assert "n = 32 and 2 seeds could have shown a difference of 0.465 or more" in reason
+
+
+def test_the_sentence_of_a_claim_is_chosen_by_its_verdict(tmp_path):
+    findings = run(tmp_path)
+    assert findings.sentence("a.rises") == "Not judged: it rises. This run has no verdict: it was not measured."
+    for low, opening in ((0.8, "Reproduced here: it rises."), (0.4, "Undecided here: it rises.")):
+        findings.judge(Measurement("a.rises", Estimate(0.95, low, 1.0, 20, seeds=(0,))))
+        said = findings.sentence("a.rises")
+        assert said.startswith(opening) and f"0.95 [{low}, 1]" in said and "n = 20, one seed" in said
+
+
 def test_a_random_model_is_never_judged():
     assert verdict(ABOVE, Estimate(1.0, 0.9, 1.0, 20), preset="tiny")[0] == "not judged"
 
 
 def test_an_unknown_claim_is_an_error_that_names_the_nearest(tmp_path):
     with pytest.raises(FindingError, match=r"did you mean 'a\.rises'"):
-        run(tmp_path).judge("a.rise", Estimate(1.0, 1.0, 1.0, 1))
+        run(tmp_path).judge(Measurement("a.rise", Estimate(1.0, 1.0, 1.0, 1)))
 
 
 def test_a_claim_of_another_chapter_cannot_be_judged_here(tmp_path):
     with pytest.raises(FindingError, match="belongs to 02_b"):
-        run(tmp_path).judge("b.other", Estimate(1.0, 1.0, 1.0, 1))
+        run(tmp_path).judge(Measurement("b.other", Estimate(1.0, 1.0, 1.0, 1)))
 
 
 def test_saved_findings_hold_what_was_measured_and_where_it_comes_from(tmp_path):
     findings = run(tmp_path)
     control = Control("random", Estimate(0.1, 0.0, 0.2, 7), passed=np.bool_(True))
-    findings.judge("a.rises", Estimate(np.float64(0.95), 0.8, 1.0, 20), [control], reason="Held out.")
-    findings.judge("a.falls", Estimate(float("nan"), 0.0, 1.0, 0))
+    findings.judge(
+        Measurement("a.rises", Estimate(np.float64(0.95), 0.8, 1.0, 20, seeds=(3,)), [control], "Held out."),
+        Measurement("a.falls", Estimate(float("nan"), 0.0, 1.0, 0)),
+    )
     findings.save()
 
     saved = json.loads((tmp_path / "findings.json").read_text())
     first, second = saved["findings"]
-    assert (first["claim"], first["value"], first["n"], first["seeds"]) == ("a.rises", 0.95, 20, [0, 1])
-    assert first["controls"] == [{"name": "random", "value": 0.1, "low": 0.0, "high": 0.2, "n": 7, "passed": True}]
+    assert (first["claim"], first["value"], first["n"], first["seeds"]) == ("a.rises", 0.95, 20, [3])
+    shown = {"name": "random", "kind": "strength", "value": 0.1, "low": 0.0, "high": 0.2, "n": 7, "state": "passed"}
+    assert first["controls"] == [shown]
     assert first["verdict"] == "reproduced" and first["reason"].endswith("Held out.")
     assert second["value"] is None and second["verdict"] == "not judged"
     assert {"preset", "device", "versions", "parameters"} <= saved.keys()
@@ -116,11 +149,11 @@ def test_saving_before_anything_is_judged_gives_an_empty_list(tmp_path):
 
 def test_judging_a_claim_again_replaces_the_finding(tmp_path):
     findings = run(tmp_path)
-    findings.judge("a.rises", Estimate(0.95, 0.8, 1.0, 20))
-    findings.judge("a.rises", Estimate(0.2, 0.1, 0.3, 20))
+    findings.judge(Measurement("a.rises", Estimate(0.95, 0.8, 1.0, 20)))
+    findings.judge(Measurement("a.rises", Estimate(0.2, 0.1, 0.3, 20)))
     findings.save()
     saved = json.loads((tmp_path / "findings.json").read_text())["findings"]
-    assert [row["verdict"] for row in saved] == ["not reproduced"]
+    assert [row["verdict"] for row in saved] == ["contradicted"]
 
 
 def test_a_figures_numbers_are_saved_from_rows_and_from_a_data_frame(tmp_path):
@@ -167,7 +200,7 @@ def test_a_star_in_a_claim_is_no_markup_in_the_box(tmp_path):
 
 def test_the_claim_box_lists_every_claim_of_the_chapter_and_no_other(tmp_path):
     findings = run(tmp_path)
-    findings.judge("a.rises", Estimate(0.95, 0.8, 1.0, 20), [Control("random", 0.1, passed=True)])
+    findings.judge(Measurement("a.rises", Estimate(0.95, 0.8, 1.0, 20), [Control("random", 0.1, passed=True)]))
     lines = findings.claim_box().data.splitlines()
     assert len(lines) == 4, "a header, a rule, two claims of this chapter"
     assert "0.95 [0.8, 1], n = 20" in lines[2] and "random: passed" in lines[2] and "**reproduced**" in lines[2]

@@ -8,13 +8,15 @@ from helpers.activations import PersonaVectorFitter
 from helpers.findings import Claim
 from helpers.gradients import uncentred_pca
 from helpers.methods.planted_effect import (
+    CROSSED,
+    Crossed,
     PlantedStream,
     coverage,
     planted_directions,
     sampled_participation,
     verdict_shares,
 )
-from helpers.statistics import Estimate, auroc
+from helpers.statistics import Estimate, auroc, mean_estimate
 
 STREAM = PlantedStream()
 CLAIM = Claim(
@@ -72,13 +74,24 @@ def test_coverage_counts_the_intervals_that_hold_the_truth():
 
 def test_verdicts_follow_the_planted_effect():
     def found(effect):
-        return {
-            name: e.value
-            for name, e in verdict_shares(CLAIM, effect, count=32, draws=200, seed=0, resamples=200).items()
-        }
+        shares = verdict_shares(CLAIM, effect, Crossed(3, 0.1, 1.0), questions=32, draws=200, seed=0)
+        return {name: e.value for name, e in shares.items()}
 
     none, small, large = (found(effect) for effect in (0.0, 0.3, 2.0))
     assert all(sum(shares.values()) == pytest.approx(1) for shares in (none, small, large))
-    assert none["not reproduced"] > 0.9
-    assert small["direction only"] > small["reproduced"] > none["reproduced"]
-    assert large == {"reproduced": 1.0, "direction only": 0.0, "not reproduced": 0.0}
+    assert none["contradicted"] + none["undecided"] > 0.9
+    assert small["direction only"] + small["undecided"] > 0.5 and small["reproduced"] > none["reproduced"]
+    assert large["reproduced"] == 1.0 and large["undecided"] == large["contradicted"] == 0.0
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_the_two_way_interval_covers_crossed_data_about_as_often_as_it_says(name):
+    covered = coverage(lambda rng: mean_estimate(CROSSED[name].draw(rng, 32, 0.5)), 0.5, draws=1000, seed=0)
+    assert covered.value > 0.92 and (covered.value < 0.97 or "neither" in name)
+
+
+def test_crossed_outcomes_vary_as_planted():
+    table = Crossed(400, 2.0, 0.5, 1.0).draw(np.random.default_rng(0), 300, 3.0)
+    assert table.shape == (400, 300)
+    assert table.mean(1).std() == pytest.approx(2.0, rel=0.1)
+    assert table.mean(0).std() == pytest.approx(0.5, rel=0.15)

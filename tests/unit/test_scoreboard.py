@@ -16,7 +16,7 @@ def run():
 
     def recorded(preset, value, verdict):
         finding = {"claim": CLAIM.id, "value": value, "low": value - 0.1, "high": value + 0.1, "n": 32}
-        finding |= {"seeds": [0], "controls": [{"name": "random|vector", "passed": False}]}
+        finding |= {"seeds": [0], "controls": [{"name": "random|vector", "kind": "strength", "state": "failed"}]}
         finding |= {"verdict": verdict, "reason": "Because."}
         facts = {"model": "m", "digest": "abcdef" * 10, "device": "cpu", "dtype": "float32", "seeds": [0]}
         facts |= {"preset": preset, "minutes": 2.5, "versions": {"torch": "2.13.0"}}
@@ -47,7 +47,7 @@ def test_a_claim_that_was_not_measured_is_not_judged(run):
 
 def test_a_bar_in_a_name_does_not_break_the_table(run):
     page = scoreboard({CLAIM.id: CLAIM}, {CLAIM.chapter: run("quick", 0.5, "reproduced")}, {})
-    assert r"random\|vector: failed" in page
+    assert r"random\|vector (strength): failed" in page
 
 
 def test_the_status_page_has_parameters_and_versions_of_every_run(run):

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.statistics import auroc, auroc_difference, bootstrap_difference, bootstrap_mean, rank_correlation, share
+from helpers.statistics import (
+    auroc,
+    auroc_difference,
+    bootstrap,
+    mean_estimate,
+    rank_correlation,
+    share,
+    share_difference,
+)
 
 
 def coverage(covers, repeats: int = 200) -> float:
@@ -11,63 +19,96 @@ def coverage(covers, repeats: int = 200) -> float:
     return float(np.mean([covers(rng, number) for number in range(repeats)]))
 
 
-def test_a_bootstrap_interval_of_a_mean_is_close_to_the_normal_theory_interval():
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    estimate = bootstrap_mean(values, seed=0, resamples=4000)
-    low, high = stats.norm.interval(0.95, values.mean(), values.std() / np.sqrt(400))
+def test_the_mean_over_one_seed_has_students_interval():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=20)
+    estimate = mean_estimate(values, seeds=[7])
+    low, high = stats.t.interval(0.95, 19, values.mean(), stats.sem(values))
     assert estimate.value == pytest.approx(values.mean())
-    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.02)
-    assert estimate.n == 400
+    assert (estimate.low, estimate.high) == pytest.approx((low, high))
+    assert (estimate.n, estimate.seeds) == (20, (7,))
 
 
-def test_a_bootstrap_is_the_same_for_the_same_seed_and_differs_for_another():
-    values = np.random.default_rng(0).normal(size=30)
-    assert bootstrap_mean(values, seed=3) == bootstrap_mean(values, seed=3)
-    assert bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
-
-
-def test_bootstrap_intervals_of_a_mean_cover_the_truth_about_95_times_in_100():
-    def covers(rng, number):
-        estimate = bootstrap_mean(rng.exponential(size=60), seed=number, resamples=500)
-        return estimate.low <= 1.0 <= estimate.high
-
-    assert 0.88 <= coverage(covers) <= 0.985
-
-
-def test_hierarchical_resampling_widens_the_interval_when_groups_differ():
+def test_seeds_that_differ_widen_the_interval_beyond_that_of_all_values():
     rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(5), 40)
-    values = rng.normal(size=200) + np.array([-3.0, -1.0, 0.0, 1.0, 3.0])[groups]
-    flat, nested = bootstrap_mean(values), bootstrap_mean(values, groups=groups)
-    assert nested.value == pytest.approx(flat.value)
-    # The spread of five group means dominates: standard error sqrt(mean of squares / 5) = 0.89 against 0.16.
-    assert nested.high - nested.low == pytest.approx(2 * 1.96 * np.sqrt(4 / 5 + 1 / 200), rel=0.1)
-    assert flat.high - flat.low < 0.4 * (nested.high - nested.low)
+    table = rng.normal(size=(5, 40)) + np.array([-3.0, -1.0, 0.0, 1.0, 3.0])[:, None]
+    flat, crossed = mean_estimate(table.ravel()), mean_estimate(table, seeds=range(5))
+    assert crossed.value == pytest.approx(flat.value)
+    # Between seeds: standard error sqrt(5 / 5) = 1, t quantile with 4 degrees of freedom 2.78
+    assert crossed.high - crossed.low == pytest.approx(2 * 2.78 * table.mean(1).std(ddof=1) / 5**0.5, rel=0.05)
+    assert flat.high - flat.low < 0.3 * (crossed.high - crossed.low)
 
 
-def test_groups_of_unequal_size_count_alike():
-    estimate = bootstrap_mean([0.0] * 90 + [1.0] * 10, groups=[0] * 90 + [1] * 10)
-    assert estimate.value == 0.5
+def test_the_two_way_variance_is_that_of_the_mean_squares_by_hand():
+    table = np.random.default_rng(2).normal(size=(3, 8)) + np.arange(3)[:, None] + np.linspace(0, 4, 8)
+    seeds = 8 * table.mean(1).var(ddof=1)
+    questions = 3 * table.mean(0).var(ddof=1)
+    left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    error = (left**2).sum() / 14
+    total = seeds + questions - error
+    freedom = total**2 / (seeds**2 / 2 + questions**2 / 7 + error**2 / 14)
+    freedom = max(freedom, 2) if seeds > questions else freedom
+    reach = stats.t.ppf(0.975, freedom) * (total / 24) ** 0.5
+    assert mean_estimate(table).high - table.mean() == pytest.approx(reach)
 
 
-def test_a_paired_difference_is_tighter_than_an_unpaired_one():
+def test_repeating_a_seed_adds_nothing():
+    row = np.random.default_rng(0).normal(size=30)
+    one, copied = mean_estimate(row), mean_estimate(np.stack([row] * 5))
+    assert copied.high - copied.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+def test_a_difference_taken_per_seed_and_question_is_tighter_than_its_arms():
     rng = np.random.default_rng(0)
-    before = rng.normal(size=100)
-    after = before + 0.2 + 0.05 * rng.normal(size=100)
-    paired = bootstrap_difference(after, before, paired=True)
-    unpaired = bootstrap_difference(after, before, paired=False)
-    assert paired.value == pytest.approx(unpaired.value) == pytest.approx((after - before).mean())
-    assert paired.low > 0.18 and paired.high < 0.22
-    assert unpaired.low < 0 < unpaired.high
+    before = rng.normal(size=(3, 40))
+    after = before + 0.2 + 0.05 * rng.normal(size=(3, 40))
+    paired = mean_estimate(after - before)
+    assert 0.17 < paired.low < 0.2 < paired.high < 0.23
+    assert mean_estimate(after).low < 0
 
 
-def test_an_unpaired_difference_covers_the_truth_about_95_times_in_100():
-    def covers(rng, number):
-        a, b = rng.normal(1.0, 1.0, size=40), rng.normal(0.0, 3.0, size=60)
-        estimate = bootstrap_difference(a, b, paired=False, seed=number, resamples=500)
-        return estimate.low <= 1.0 <= estimate.high
+def test_shares_over_seeds_stay_within_0_and_1_and_keep_a_width():
+    shares = np.ones((3, 20))
+    shares[0, 0] = 0
+    estimate = mean_estimate(shares)
+    assert 0.7 < estimate.low < estimate.value < estimate.high <= 1
 
-    assert 0.89 <= coverage(covers) <= 0.985
+
+@pytest.mark.parametrize("size", [2, 5, 32])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 0.3, 1e-12, 55.5, 1e6])
+def test_no_sample_however_constant_has_an_interval_without_width(size, rows, value):
+    nearly = np.full((rows, size), value)
+    nearly[0, 0] = np.nextafter(value, np.inf)
+    for table in (np.full((rows, size), value), nearly):
+        found = mean_estimate(table)
+        assert found.low < found.high and found.low <= found.value <= found.high
+    rows_of = np.full(size, value)
+    resampled = bootstrap(np.mean, rows_of, resamples=50)
+    assert resampled.low < resampled.high
+
+
+def test_ones_alone_are_as_uncertain_as_an_exact_share():
+    assert mean_estimate(np.ones(32)).low == pytest.approx(share(32, 32).low)
+    assert mean_estimate(np.zeros((5, 32))).high == pytest.approx(share(0, 32).high)
+
+
+def test_one_number_alone_has_no_bounds():
+    assert np.isinf(mean_estimate([0.4]).low) and np.isinf(mean_estimate([0.4]).high)
+
+
+def test_the_detectable_effect_is_found_in_four_of_five_samples():
+    rng = np.random.default_rng(0)
+    effect = mean_estimate(rng.normal(size=100)).detectable
+    assert coverage(lambda r, _: mean_estimate(r.normal(effect, 1.0, size=100)).low > 0, 400) == pytest.approx(
+        0.8, abs=0.08
+    )
+
+
+def test_a_difference_of_shares_has_newcombes_interval():
+    found = share_difference(np.arange(70) < 56, np.arange(80) < 48)  # his example: 56/70 - 48/80
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-4)
+    far = share_difference(np.ones(10), np.zeros(30))
+    assert far.value == 1 and far.low < 0.75
 
 
 def test_a_share_of_n_of_n_has_the_closed_form_lower_bound():
@@ -136,11 +177,10 @@ def test_rank_correlation_intervals_cover_the_truth_about_95_times_in_100():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: bootstrap_mean([1.0, np.nan, 2.0]), "1 of 3 numbers in 'values' are NaN"),
-        (lambda: bootstrap_mean([]), "non-empty"),
-        (lambda: bootstrap_mean([1.0, 2.0], groups=[0]), "one label per value"),
-        (lambda: bootstrap_difference([1.0], [1.0, 2.0], paired=True), "equal length"),
-        (lambda: bootstrap_difference([1.0], [2.0], paired=False, groups=[0]), "paired=True"),
+        (lambda: mean_estimate([1.0, np.nan, 2.0]), "1 of 3 numbers in 'values' are NaN"),
+        (lambda: mean_estimate([]), "non-empty"),
+        (lambda: mean_estimate([1.0, 2.0], seeds=[0, 1]), "2 seeds for 1 rows"),
+        (lambda: mean_estimate(np.ones((2, 2, 2))), "must be"),
         (lambda: share(5, 4), "got 5 of 4"),
         (lambda: auroc([1.0, 2.0], [1, 1]), "at least one positive and one negative"),
         (lambda: rank_correlation([1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]), "constant"),
@@ -160,6 +200,19 @@ def test_a_difference_of_aurocs_is_that_of_the_two_and_its_interval_is_paired():
     assert found.value == pytest.approx(auroc(first, labels).value - auroc(second, labels).value)
     assert found.low < found.value < found.high
     same = auroc_difference(first, first, labels)
-    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert same.value == 0 and same.low < 0 < same.high
     with pytest.raises(ValueError, match="one positive and one negative"):
         auroc_difference(first, second, np.ones(80))
+
+
+def test_delongs_interval_of_a_difference_covers_the_truth_about_95_times_in_100():
+    labels = np.repeat([1, 0], [40, 40])
+    truth = stats.norm.cdf(1.5 / np.sqrt(2)) - stats.norm.cdf(0.8 / np.sqrt(2))
+
+    def covers(rng, _):
+        shared = rng.normal(size=80)
+        first, second = (gap * labels + 0.6 * shared + 0.8 * rng.normal(size=80) for gap in (1.5, 0.8))
+        found = auroc_difference(first, second, labels)
+        return found.low <= truth <= found.high
+
+    assert 0.92 <= coverage(covers, 400) <= 0.98
