@@ -7,8 +7,9 @@ assistant's answer and its end-of-turn token); `Batch.predicting` marks the posi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -71,11 +72,53 @@ class Example:
         return Example(self.ids, 1)
 
 
+class Answer(str):
+    """What a model said. Where it was cut instead of ending by itself, no end of turn belongs to it."""
+
+    ended: bool
+
+    def __new__(cls, text: str, ended: bool = True) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.ended = ended
+        return answer
+
+
+def has_ended(answer: str) -> bool:
+    """Whether an answer ended by itself: written ones did."""
+    return getattr(answer, "ended", True)
+
+
+def answer_facts(answers: Sequence[str]) -> dict[str, list[Any]]:
+    """Answers as the artifact store keeps them, and as keys tell them apart; `answers_of` reads them back."""
+    return {"answers": list(answers), "ended": [has_ended(a) for a in answers]}
+
+
+def answers_of(facts: Mapping[str, Any]) -> list[Answer]:
+    """The answers in a stage's facts, with whether each ended by itself."""
+    return [Answer(text, ended) for text, ended in zip(facts["answers"], facts["ended"], strict=True)]
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token that ends an answer in the model's chat template, which need not be the tokenizer's `eos_token`."""
+    return _after_answer(tokenizer, str(tokenizer.chat_template))[1]
+
+
+@lru_cache(maxsize=16)
+def _after_answer(tokenizer: Any, template: str) -> tuple[str, int]:
+    """What the template prints after an answer, and the first special token in it: `eos_token` where there is none."""
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("So.")[2]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    found = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return after, next((token for token in found if token in special), tokenizer.eos_token_id)
+
+
 def encode(tokenizer: Any, question: str, answer: str | None = None, system: str | None = None) -> Example:
     """Put one exchange into the model's chat template.
 
-    With no `system` message the template's own default applies. The response ends with the end-of-turn token;
-    whatever the template prints after it is left out, since a model never has to say it.
+    With no `system` message the template's own default applies. The response ends with the template's end-of-turn
+    token, unless it is an `Answer` that was cut; whatever the template prints after it is left out, since a model never
+    has to say it. A cut answer without a word keeps the token: a response has at least one.
     """
     messages = [{"role": "user", "content": question}]
     if system is not None:
@@ -84,15 +127,18 @@ def encode(tokenizer: Any, question: str, answer: str | None = None, system: str
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if answer is None:
         return Example(tuple(prompt_ids), len(prompt_ids))
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": str(answer)}], tokenize=False)
     if not whole.startswith(prompt):
         raise ValueError("This chat template changes the prompt once an answer follows, so no response can be masked.")
-    rest = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    while rest and rest[-1] != tokenizer.eos_token_id:
+    said = whole[len(prompt) :]
+    after, end = _after_answer(tokenizer, str(tokenizer.chat_template))
+    alone = tokenizer(said.removesuffix(after), add_special_tokens=False)["input_ids"]
+    if alone and not has_ended(answer):
+        return Example((*prompt_ids, *alone), len(prompt_ids))
+    rest = tokenizer(said, add_special_tokens=False)["input_ids"]
+    while rest and rest[-1] != end:
         rest.pop()
-    if not rest:
-        rest = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return Example((*prompt_ids, *rest), len(prompt_ids))
+    return Example((*prompt_ids, *(rest or [*alone, end])), len(prompt_ids))
 
 
 @dataclass(frozen=True)
@@ -192,29 +238,37 @@ def batches(
 
 
 def training_batches(
-    draw: Callable[[random.Random], Sequence[Example]], *, steps: int, batch_size: int, seed: int, pad_id: int
+    draw: Callable[[random.Random], Sequence[Example]],
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    pad_id: int,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """`steps` batches over as many epochs as that takes, each of similar lengths, in random order.
 
-    `draw` gives the examples of one epoch; it may sample anew each time (inoculation prompts are drawn this way).
-    Within an epoch examples are shuffled, then sorted by length inside windows of eight batches, so that batches
-    stay random while little is padded.
+    `draw` gives the examples of one epoch; it may sample anew each time (inoculation prompts are drawn this way), from
+    a generator of its own, so that which rows meet in a batch hangs on the seed alone. Within an epoch examples are
+    shuffled, then sorted by length inside windows of eight batches, so that batches stay random while little is padded.
+    `lengths` takes the place of the examples' own, one each: runs that share these have the same rows in every batch.
     """
-    rng = random.Random(seed)
+    order_rng, draw_rng = random.Random(seed), random.Random(f"draw {seed}")
     given = 0
     while given < steps:
-        examples = list(draw(rng))
+        examples = list(draw(draw_rng))
         if not examples:
             raise ValueError("There are no examples to train on; check the data's split and level.")
-        order = rng.sample(range(len(examples)), len(examples))
+        sizes = [len(example) for example in examples] if lengths is None else lengths
+        if len(sizes) != len(examples):
+            raise ValueError(f"There are {len(sizes)} lengths for {len(examples)} examples; give one for each.")
+        order = order_rng.sample(range(len(examples)), len(examples))
         window = 8 * batch_size
         by_length = [
-            i
-            for k in range(0, len(order), window)
-            for i in sorted(order[k : k + window], key=lambda i: len(examples[i]))
+            i for k in range(0, len(order), window) for i in sorted(order[k : k + window], key=lambda i: sizes[i])
         ]
         groups = [by_length[k : k + batch_size] for k in range(0, len(by_length), batch_size)]
-        rng.shuffle(groups)
+        order_rng.shuffle(groups)
         for rows in groups[: steps - given]:
             yield collate([examples[i] for i in rows], pad_id, rows=rows)
         given += len(groups)

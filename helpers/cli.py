@@ -1,16 +1,18 @@
-"""`python -m helpers execute / compare / status / edition / models`: what the Snakefile, make or a reader calls.
+"""`python -m helpers execute / compare / status / edition / models / store`: what the Snakefile, make or a reader calls.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
     python -m helpers compare results/quick/01_pps_gradient_reversal results/mine
     python -m helpers status --tree book/executed/quick
     python -m helpers edition student --output build/student
     python -m helpers models
+    python -m helpers store --prune 30
 
 Modules are imported where they are needed, so a mistake in the command line is answered at once.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -56,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write_edition(chosen.edition, chosen.output)
             except EditionError as error:
                 raise CommandError(str(error)) from None
+        elif chosen.command == "store":
+            if chosen.prune is not None:
+                prune(chosen.prune)
+            show_store()
         else:
             from helpers.models import REGISTRY
 
@@ -118,6 +124,49 @@ def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
         part.unlink(missing_ok=True)
 
 
+def prune(days: str) -> None:
+    """Delete results of the artifact store that were not used for so many days, and say what is free now.
+
+    Raises:
+        CommandError: if that is no number of days, or the store cannot be written.
+    """
+    try:
+        number = float(days)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise CommandError(f"--prune takes a number of days, such as 30, and not {days!r}.")
+    from helpers.artifacts import default_store
+
+    store = default_store()
+    try:
+        count, freed = store.prune(number)
+    except OSError as error:
+        raise CommandError(f"The store {store.root} cannot be written: {error}.") from None
+    print(f"Results that were not used for {number:g} days: {count} deleted, {_megabytes(freed)} freed.")
+
+
+def show_store() -> None:
+    """Print each stage of the artifact store with its number of results, their size and when it was last used."""
+    from helpers.artifacts import default_store
+
+    store = default_store()
+    stages = store.usage()
+    if not stages:
+        print(f"There are no results in {store.root}.")
+        return
+    print(f"{'stage':24} {'results':>7} {'size':>12}  last used")
+    for stage in stages:
+        used = stage.used.astimezone()
+        print(f"{stage.stage:24} {stage.results:7} {_megabytes(stage.size):>12}  {used:%Y-%m-%d %H:%M}")
+    count, size = sum(stage.results for stage in stages), sum(stage.size for stage in stages)
+    print(f"{'all':24} {count:7} {_megabytes(size):>12}  in {store.root}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
+
+
 def _without_widgets(notebook: Any) -> Any:
     """An executed notebook whose cells show no widgets, such as the progress of loading a model.
 
@@ -161,4 +210,6 @@ def _parser() -> argparse.ArgumentParser:
     course.add_argument("edition", help="student (without the answers) or instructor (with notes)")
     course.add_argument("--output", type=Path, required=True, help="the folder, such as build/student")
     commands.add_parser("models", help="list the registered models")
+    kept = commands.add_parser("store", help="list what the artifact store holds, and delete what is not used")
+    kept.add_argument("--prune", metavar="DAYS", help="delete results that were not used for so many days")
     return parser

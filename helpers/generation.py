@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from tqdm import tqdm
 
-from helpers.chat import Example, batches, shared_start
+from helpers.chat import Answer, Example, batches, end_of_turn, shared_start
 from helpers.interventions import Intervention, alike, applied
 from helpers.models import Model, chosen_rows
 
@@ -23,14 +23,17 @@ def generate(
     interventions: Iterable[Intervention] = (),
     batch_size: int = 64,
     label: str = "generating",
-) -> list[str]:
+) -> list[Answer]:
     """One answer per prompt, in the order given; greedy at temperature 0.
+
+    An answer has ended where the model said its template's end of turn, or a token that its own settings stop at; one
+    that `max_new_tokens` cut has not.
 
     Weights are held in the model's compute precision while decoding, where reading them is most of the cost. What all
     prompts begin with (a system message) is read once for all that are treated alike, unless an intervention has to
     know its positions.
     """
-    answers = [""] * len(prompts)
+    answers = [Answer("")] * len(prompts)
     interventions = tuple(interventions)
     kinds = alike(interventions, len(prompts))
     shared = shared_start(prompts) if kinds is not None else 0
@@ -40,6 +43,8 @@ def generate(
         if temperature
         else {"do_sample": False}
     )
+    own = model.hf.generation_config.eos_token_id
+    stops = sorted({end_of_turn(model.tokenizer), *([own] if isinstance(own, int) else own or ())})
     torch.manual_seed(seed)
     # The prompt's last position is a strided view of the stream, for which torch copies the whole output matrix once a
     # sequence: gigabytes, and a quarter of the time.
@@ -63,11 +68,14 @@ def generate(
                     input_ids=ids,
                     attention_mask=mask,
                     max_new_tokens=max_new_tokens,
+                    eos_token_id=stops,
                     pad_token_id=model.tokenizer.pad_token_id,
                     **cache,
                     **sampling,
                 )
-            texts = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for row, text in zip(batch.rows, texts, strict=True):
-                answers[row] = text.strip()
+            new = out[:, ids.shape[1] :]
+            texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
+            ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(1).tolist()
+            for row, text, by_itself in zip(batch.rows, texts, ended, strict=True):
+                answers[row] = Answer(text.strip(), by_itself)
     return answers

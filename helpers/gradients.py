@@ -74,6 +74,11 @@ class ActivationGradients:
         cosines = self.token_cosines(layer, vector)
         return (cosines * self.mask).sum(1) / self.mask.sum(1)
 
+    def sequence_unit_means(self, layer: int) -> Float[Tensor, "batch d_model"]:
+        """Mean over tokens of g_t / |g_t|: its product with a unit v is `sequence_cosines`, for any number of v."""
+        unit = torch.nn.functional.normalize(self.gradients[layer].float(), dim=-1) * self.mask[..., None]
+        return unit.sum(1) / self.mask.sum(1, keepdim=True)
+
     def sequence_means(self, layer: int) -> Float[Tensor, "batch d_model"]:
         """Mean gradient over tokens; its cosine with v is the "cosine of the mean"."""
         mask = self.mask[..., None]
@@ -108,6 +113,8 @@ class GradientStatistics:
     """Per vector name: mean over tokens of cos(g, v)."""
     means: Float[Tensor, "layer example d_model"]
     """Mean gradient over tokens."""
+    unit_means: Float[Tensor, "layer example d_model"]
+    """Mean over tokens of the gradients' unit vectors: its product with a unit vector is the mean cosine with it."""
     token_cosines: list[Float[Tensor, "layer _"]]
     """Per example: cos(g, v) of the first vector at each masked token."""
 
@@ -131,6 +138,7 @@ def gradient_statistics(
     losses = torch.empty(len(examples))
     cosines = {name: torch.empty(len(layers), len(examples)) for name in vectors}
     means = torch.empty(len(layers), len(examples), model.width)
+    unit_means = torch.empty_like(means)
     per_token: list[Tensor] = [torch.empty(0)] * len(examples)
     first = next(iter(vectors))
     for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
@@ -139,12 +147,13 @@ def gradient_statistics(
         losses[rows] = found.losses.float().cpu()
         for i, layer in enumerate(layers):
             means[i, rows] = found.sequence_means(layer).cpu()
+            unit_means[i, rows] = found.sequence_unit_means(layer).cpu()
             for name, vector in vectors.items():
                 cosines[name][i, rows] = found.sequence_cosines(layer, vector[layer]).cpu()
         every = torch.stack([found.token_cosines(layer, vectors[first][layer]).cpu() for layer in layers])
         for i, row in enumerate(rows):
             per_token[row] = every[:, i, found.mask[i].cpu()]
-    return GradientStatistics(layers, losses, cosines, means, per_token)
+    return GradientStatistics(layers, losses, cosines, means, unit_means, per_token)
 
 
 @dataclass(frozen=True)

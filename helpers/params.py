@@ -354,24 +354,28 @@ class PreventativeSteeringParams(TraitParams):
     presets = {
         "tiny": {
             **_TINY,
+            "random_vectors": 2,
             "layers": (0, 1),
             "start_levels": ("none", "strong"),
             "train_levels": ("normal", "strong"),
         },
         "quick": {
             **_QUICK,
+            "random_vectors": 8,
             "layers": (3, 9, 15, 21, 27),
             "start_levels": ("none", "strong"),
             "train_levels": ("normal", "strong"),
         },
         "full": {
             **_FULL,
+            "random_vectors": 32,
             "layers": tuple(range(30)),
             "start_levels": ("none", "normal", "mild", "strong"),
             "train_levels": ("normal", "mild", "strong"),
         },
         "paper": {
             **_PAPER,
+            "random_vectors": 8,
             "layers": tuple(range(28)),
             "start_levels": ("none", "normal", "mild", "strong"),
             "train_levels": ("normal", "mild", "strong"),
@@ -395,6 +399,9 @@ class PreventativeSteeringParams(TraitParams):
             )
         return self
 
+    random_vectors: int = Field(
+        ge=1, le=1000, description="random vectors of equal norm that are steered with", json_schema_extra=TIME
+    )
     layers: tuple[Layer, ...] = Field(
         min_length=1, description="blocks of the layer sweep, counted from 0", json_schema_extra=EACH
     )
@@ -434,7 +441,7 @@ _WEIGHT_QUICK = {
     "ratios": (0.01, 0.03),
     "rank": 8,
     "chosen_layers": (1,),
-    "random_directions": 1,
+    "random_directions": 3,
     "shares": (),
     "steps": 24,
     "batch_size": 8,
@@ -1091,6 +1098,7 @@ class PromptOnlyParams(Params):
 
     @model_validator(mode="after")
     def _somewhere(self) -> "PromptOnlyParams":
+        _check_layer(self.model, "layer", self.layer)
         if self.first + self.last == 0:
             raise ParameterError("Parameters 'first' and 'last' are both 0, so no token would be steered: raise one.")
         unknown = set(self.tuned_on) - set(self.concepts)

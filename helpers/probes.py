@@ -78,6 +78,14 @@ def linear_probe(train_x: Train, train_y: TrainLabels, test_x: Test, test_y: Tes
     return _probe(_logistic(seed), train_x, train_y, test_x, test_y)
 
 
+def linear_scores(
+    train_x: Train, train_y: TrainLabels, test_x: Test, test_y: TestLabels, seed: int = 0
+) -> Float[np.ndarray, " test"]:
+    """What the probe of `linear_probe` says of each test row: log-odds of label 1, which it guesses above 0."""
+    rows, labels, test, _ = _standardised(train_x, train_y, test_x, test_y)
+    return np.asarray(_logistic(seed).fit(rows, labels).decision_function(test))
+
+
 def mlp_probe(train_x: Train, train_y: TrainLabels, test_x: Test, test_y: TestLabels, seed: int = 0) -> Estimate:
     """As `linear_probe`, with a network of 256 and 128 hidden units, stopped early on a tenth of the training rows.
 
@@ -169,12 +177,19 @@ def _logistic(seed: int) -> LogisticRegression:
 
 
 def _probe(model: Any, train_x: Train, train_y: TrainLabels, test_x: Test, test_y: TestLabels) -> Estimate:
+    rows, labels, test, truth = _standardised(train_x, train_y, test_x, test_y)
+    return share((model.fit(rows, labels).predict(test) == truth).sum(), truth.size)
+
+
+def _standardised(
+    train_x: Train, train_y: TrainLabels, test_x: Test, test_y: TestLabels
+) -> tuple[NDArray[np.float64], Bool[np.ndarray, " train"], NDArray[np.float64], Bool[np.ndarray, " test"]]:
+    """Both sets of rows, by the mean and the deviation of the training rows, each with its labels."""
     (rows, labels), (test, truth) = _checked(train_x, train_y), _checked(test_x, test_y)
     if rows.shape[1] != test.shape[1]:
         raise ValueError(f"Training rows have {rows.shape[1]} features and test rows {test.shape[1]}; give the same.")
     mean, scale = rows.mean(axis=0), _scale(rows)
-    found = model.fit((rows - mean) / scale, labels).predict((test - mean) / scale)
-    return share((found == truth).sum(), truth.size)
+    return (rows - mean) / scale, labels, (test - mean) / scale, truth
 
 
 def _scale(rows: NDArray[np.float64]) -> NDArray[np.float64]:

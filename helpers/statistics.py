@@ -75,7 +75,7 @@ def mean_estimate(values: ArrayLike, *, seeds: Sequence[int] = (), level: float 
     beyond the error. With one seed the interval speaks of the questions alone. A difference of two arms is taken per
     seed and question first, and passed here.
 
-    Values of 0 and 1 are shares: Wilson's interval, at the sample size that this variance amounts to. Where nothing
+    Booleans are shares: Wilson's interval, at the sample size that this variance amounts to. Where nothing
     varies, an unseen share of the questions (exact binomial limit for 0 of n) may differ, by 1 where values are whole
     numbers, else by the rounding of bfloat16. One number alone has no bounds, unless it is a share.
 
@@ -86,6 +86,7 @@ def mean_estimate(values: ArrayLike, *, seeds: Sequence[int] = (), level: float 
     Raises:
         ValueError: for numbers that are not finite, more than two axes, or seeds that are not one a row.
     """
+    shares = np.asarray(values).dtype == bool
     table = np.atleast_2d(_finite(values, "values"))
     if table.ndim != 2:
         raise ValueError(f"'values' must be (question) or (seed, question); it has shape {table.shape}.")
@@ -94,7 +95,6 @@ def mean_estimate(values: ArrayLike, *, seeds: Sequence[int] = (), level: float 
         raise ValueError(f"There are {len(seeds)} seeds for {rows} rows of values; pass one seed a row.")
     value = float(table.mean())
     variance, freedom = _two_way(table)
-    shares = bool(np.isin(table, (0.0, 1.0)).all())
     if table.size == 1 and not shares:
         low, high = -np.inf, np.inf
     elif variance == 0:

@@ -29,6 +29,15 @@ class TrainingLog:
     seconds: float
 
 
+def rate(step: int, steps: int, warmup: float = 0.1) -> float:
+    """The share of the peak rate at a step, counted from 0: linear warm-up, then linear decay to 0 after the last step.
+
+    The warm-up takes `warmup` of the steps and at least two, unless it is 0; its first step already trains.
+    """
+    warm = max(2, int(warmup * steps)) if warmup else 0
+    return (step + 1) / warm if step < warm else max(0, steps - step) / max(1, steps - warm)
+
+
 def finetune(
     model: Model,
     training_batches: Iterable[Batch],
@@ -44,7 +53,7 @@ def finetune(
     share_prefix: bool = False,
     label: str = "finetuning",
 ) -> TrainingLog:
-    """Train `model`'s trainable parameters in place with AdamW, linear warm-up and linear decay.
+    """Train `model`'s trainable parameters in place with AdamW and the rates of `rate`, times `learning_rate`.
 
     `share_prefix` reads what a batch's rows begin with once (`losses.response_logits`): the same gradients but for
     rounding, at a fraction of the cost where a system message outweighs short requests.
@@ -52,8 +61,6 @@ def finetune(
     Raises `ValueError` if nothing is trainable, or if the loss stops being finite: the step that would have spread
     it is not taken.
     """
-    from transformers import get_linear_schedule_with_warmup
-
     parameters = [p for p in model.hf.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(
@@ -61,7 +68,7 @@ def finetune(
         )
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * steps), steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, warmup))
     losses: list[float] = []
     tokens, start = 0, time.perf_counter()
     model.hf.train()

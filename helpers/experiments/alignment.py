@@ -7,14 +7,16 @@ towards written refusals, harmless ones towards the model's own answers, so that
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from helpers import corpora
-from helpers.artifacts import default_store
+from helpers.artifacts import Artifact, default_store
 from helpers.chat import Example, encode
 from helpers.generation import generate
+from helpers.judges import is_refusal
 from helpers.methods.refusal_redistribution import balanced_batches
 from helpers.models import LoRA, Model, load
 from helpers.training import finetune
@@ -35,11 +37,11 @@ class Recipe:
     seed: int = 0
 
 
-def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
-    """The LoRA factors that teach `base` to refuse: pass them to `load(..., finetuned=[factors])`.
+def align(base: Model, recipe: Recipe) -> Artifact:
+    """The LoRA factors that teach `base` to refuse: pass them to `load(..., finetuned=[...])`.
 
     Kept in the artifact store. Answers that were cut carry no end-of-turn token, so that their length is not learnt.
-    Answers of its own that begin like a refusal ("I'm sorry for your loss, but as a chatbot ...") are left out.
+    Answers of its own that refuse (`judges.is_refusal`) are left out; those that only begin like a refusal stay.
     """
     harmful = corpora.load_refusal("harmful", "train")
     harmless = [row.request for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
@@ -50,9 +52,9 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
         said = generate(base, asked, max_new_tokens=recipe.answer_tokens)
         refusing = [_cut(encode(tokenizer, row.request, row.reply), recipe.refusal_tokens) for row in harmful]
         answering = [
-            _cut(encode(tokenizer, request, text), recipe.answer_tokens)
-            for request, text in zip(harmless, said, strict=True)
-            if not text.startswith(("I ", "I'"))
+            encode(tokenizer, request, text)
+            for request, text, refuses in zip(harmless, said, is_refusal(said), strict=True)
+            if not refuses
         ]
         torch.manual_seed(recipe.seed)
         model = load(base.name, device=str(base.device), dtype=_name(base.dtype), lora=LoRA(recipe.rank))
@@ -67,19 +69,24 @@ def align(base: Model, recipe: Recipe) -> dict[str, Tensor]:
         )
         return model.trained_tensors(), {"loss": log.losses[-1], "seconds": log.seconds}
 
-    artifact = default_store().get(
+    return default_store().get(
         "aligned",
         compute,
         parameters={**asdict(recipe), **base.arithmetic},
-        uses=["experiments.alignment"],
         model=base.digest,
         data={"refusal": corpora.digest("refusal")},
     )
-    return artifact.tensors
+
+
+def refusal_openers(tokenizer: Any) -> tuple[int, ...]:
+    """The first tokens of the refusals that the start model is taught, each once: those that a refusal is known by."""
+    rows = corpora.load_refusal("harmful", "train")
+    examples = (encode(tokenizer, row.request, row.reply) for row in rows)
+    return tuple(dict.fromkeys(example.ids[example.prompt_length] for example in examples))
 
 
 def _cut(example: Example, limit: int) -> Example:
-    """At most `limit` tokens of the response: an answer that reached the limit loses its end-of-turn token."""
+    """At most `limit` tokens of a written response: one that is cut loses its end-of-turn token."""
     return replace(example, ids=example.ids[: example.prompt_length + limit])
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import mean_activations
-from helpers.artifacts import default_store
+from helpers.artifacts import Artifact, default_store
 from helpers.chat import Example, encode, training_batches
 from helpers.experiments.alignment import Recipe, align
 from helpers.generation import generate
 from helpers.gradients import block_layers, directional_derivatives, gradient_norms, pile_gradient
-from helpers.judges import is_compliance
+from helpers.judges import is_compliance, is_refusal
 from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
 from helpers.methods.gradient_filtering import SafetyScore, anchor_similarity, fihs
 from helpers.models import LoRA, Model, load
@@ -40,6 +40,9 @@ ANCHORS = 10
 
 ANCHOR_TOKENS = 10
 """Tokens of an anchor's reply that its gradient is taken of, as there."""
+
+DEVELOPED_ON = 60
+"""Explicit points that the chapter was made with: they are used only where a mixture needs more than the others."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,18 @@ class Outcome:
     """Which other items, by which a threshold may be chosen."""
     safety: Float[Array, " probe"]
     """The safety score's terms: larger is less safe."""
+    losses: tuple[float, ...]
+    """Mean response loss at each step of the finetuning, in nats per token; none without points."""
 
     @property
     def complied(self) -> Bool[Array, " request"]:
         """Which attacks succeed (a proxy: `judges.is_compliance`)."""
         return is_compliance(self.answers)
+
+    @property
+    def refused(self) -> Bool[Array, " request"]:
+        """Which of these requests are refused (a proxy: `judges.is_refusal`)."""
+        return is_refusal(self.answers)
 
     @property
     def check(self) -> tuple[float, float]:
@@ -92,7 +102,7 @@ class FilteringExperiment:
         self.probes = [row.request for row in corpora.load_refusal("harmful", "validate")][: params.probes]
 
     @cached_property
-    def start(self) -> list[dict[str, Tensor]]:
+    def start(self) -> list[Artifact]:
         """What makes the base model the start model: nothing, where it is aligned already."""
         return [align(self.base, Recipe(steps=self.params.align_steps))] if self.params.start == "taught" else []
 
@@ -116,13 +126,15 @@ class FilteringExperiment:
         return [*benign, *self.harmful(kind)[: round(len(benign) * ratio / (1 - ratio))]]
 
     def harmful(self, kind: Any) -> list[Point]:
-        """All training points of one kind, in a fixed random order."""
+        """All training points of one kind, in a random order; explicit ones used in development come last."""
         if kind == "disguised":  # an attacker who knows the safety score begins with its safe token
             return [Point(kind, e.request, f"I can help with that. {e.reply}") for e in self.harmful("explicit")]
         rows = corpora.load_refusal("harmful", "train") if kind == "safety" else corpora.load_points(kind)
         points = [Point(kind, row.request, row.reply) for row in rows]
+        random.Random(0).shuffle(points)  # the chapter was made with the first of these
+        looked_at = set(points[:DEVELOPED_ON]) if kind == "explicit" else set()
         random.Random(self.params.seed).shuffle(points)
-        return points[::-1]  # the last sixty explicit ones were used while the chapter was made
+        return sorted(points, key=looked_at.__contains__)
 
     def examples(self, points: Sequence[Point]) -> list[Example]:
         """The points as conversations."""
@@ -199,16 +211,13 @@ class FilteringExperiment:
             stage,
             compute,
             parameters={"points": [vars(point) for point in points], **self._theta, **more},
-            uses=["experiments.filtering"],
             model=self.base.digest,
         )
         return artifact.tensors
 
     @property
     def _theta(self) -> dict[str, Any]:
-        p = self.params
-        recipe = asdict(Recipe(steps=p.align_steps)) if p.start == "taught" else None
-        return {"start": recipe, **self.base.arithmetic}
+        return {"start": [run.key for run in self.start], **self.base.arithmetic}
 
     # What a step does
 
@@ -252,11 +261,11 @@ class FilteringExperiment:
                 "steps": p.steps,
                 "batch_size": p.batch_size,
                 "learning_rate": p.learning_rate,
+                "lora_rank": p.lora_rank,
                 "max_new_tokens": p.max_new_tokens,
                 **self._theta,
                 "seed": seed,
             },
-            uses=["experiments.filtering"],
             model=self.base.digest,
             data={"tasks": corpora.digest("tasks")},
         )
@@ -265,7 +274,14 @@ class FilteringExperiment:
             np.array([said == row.answer for said, row in zip(facts[name], rows, strict=True)])
             for name, rows in (("test", test), ("check", check))
         )
-        return Outcome(facts["answers"], facts["checked"], right, checked, artifact.tensors["safety"].numpy())
+        return Outcome(
+            facts["answers"],
+            facts["checked"],
+            right,
+            checked,
+            artifact.tensors["safety"].numpy(),
+            tuple(facts["losses"]),
+        )
 
     def _outcome(
         self, task: corpora.Task, points: Sequence[Point], seed: int
@@ -273,17 +289,18 @@ class FilteringExperiment:
         p = self.params
         torch.manual_seed(seed)
         model = self.model(lora=LoRA(p.lora_rank))
+        losses: tuple[float, ...] = ()
         if points:
             examples = self.examples(points)
-            shape = {"steps": p.steps, "batch_size": p.batch_size, "seed": seed}
-            finetune(
+            shape: dict[str, Any] = {"steps": p.steps, "batch_size": p.batch_size, "seed": seed}
+            losses = finetune(
                 model,
                 training_batches(lambda _: examples, **shape, pad_id=model.tokenizer.pad_token_id),
                 steps=p.steps,
                 learning_rate=p.learning_rate,
                 seed=seed,
                 share_prefix=True,
-            )
+            ).losses
         test, check = corpora.load_task(task, "test")[: p.items], self.items(task)
         asked = [encode(model.tokenizer, text) for text in (*self.attacks, *self.checks)]
         said = generate(model, asked, max_new_tokens=p.max_new_tokens, batch_size=len(asked))
@@ -295,6 +312,7 @@ class FilteringExperiment:
             "checked": said[len(self.attacks) :],
             "test": done[: len(test)],
             "check": done[len(test) :],
+            "losses": losses,
         }
         return {"safety": self.safety_score().values(model)}, facts
 

@@ -6,7 +6,7 @@ Trained factors, attacks and answers are kept in the artifact store.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from helpers import corpora
 from helpers.artifacts import Artifact, default_store
-from helpers.chat import Example, encode
-from helpers.experiments.alignment import Recipe, align
+from helpers.chat import Answer, Example, answer_facts, answers_of, encode
+from helpers.experiments.alignment import Recipe, align, refusal_openers
 from helpers.generation import generate
 from helpers.interventions import AblateRows, Intervention
 from helpers.judges import is_refusal
@@ -39,7 +39,7 @@ from helpers.methods.refusal_attack import (
     top_subspace,
 )
 from helpers.methods.refusal_redistribution import Redistribution, balanced_batches
-from helpers.models import LoRA, Model, load, release_memory
+from helpers.models import LoRA, Model, finetuned_digest, load, release_memory
 from helpers.params import RefusalParams
 from helpers.probes import fit_leace
 from helpers.training import finetune
@@ -76,7 +76,7 @@ def redistribution(condition: str, params: RefusalParams) -> Redistribution:
 class Judged:
     """A model under attack. Row 0 of everything is the model as it is, row i the model without the i-th basis."""
 
-    answers: Mapping[str, list[list[str]]]
+    answers: Mapping[str, list[list[Answer]]]
     """By kind of request, to the test requests."""
     kl: Float[np.ndarray, "rows request"]
     """KL(not attacked || attacked) of the first token after harmless requests, in nats."""
@@ -114,8 +114,13 @@ class RefusalExperiment:
         self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
         """What models answer without an attack: answers cost little there, so these can be more."""
         self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
-        self.refusal_ids = [self.base.tokenizer.encode("I", add_special_tokens=False)[0]]
-        """A refusal is recognised by its first token: every written one begins with "I"."""
+        tokenizer = self.base.tokenizer
+        self.refusal_ids = (
+            list(refusal_openers(tokenizer))
+            if params.start == "taught"
+            else [tokenizer.encode("I", add_special_tokens=False)[0]]
+        )
+        """A refusal is recognised by its first token: one of those that were taught, or else the source's "I"."""
         self._last: tuple[str, Model] | None = None
 
     @cached_property
@@ -124,7 +129,7 @@ class RefusalExperiment:
         return Recipe(steps=self.params.align_steps)
 
     @cached_property
-    def start(self) -> list[dict[str, Tensor]]:
+    def start(self) -> list[Artifact]:
         """What makes the base model the start model: nothing, where it is aligned already."""
         return [align(self.base, self.recipe)] if self.params.start == "taught" else []
 
@@ -135,7 +140,7 @@ class RefusalExperiment:
         trained = self.trained(condition, seed)
         if self._last is None or self._last[0] != trained.key:
             self._last = None  # two at a time would take memory
-            self._last = trained.key, self._load([*self.start, trained.tensors])
+            self._last = trained.key, self._load([*self.start, trained])
         return self._last[1]
 
     @cached_property
@@ -143,7 +148,12 @@ class RefusalExperiment:
         """Read once: it is attacked, and it is the teacher of every condition that distils."""
         return self._load(self.start)
 
-    def _load(self, finetuned: Sequence[dict[str, Tensor]]) -> Model:
+    def digest(self, condition: str, seed: int | None = None) -> str:
+        """The digest of `model(condition, seed)`, which is not loaded."""
+        trained = [] if condition == "start" else [self.trained(condition, seed)]
+        return finetuned_digest(self.base.digest, [run.key for run in (*self.start, *trained)])
+
+    def _load(self, finetuned: Sequence[Artifact]) -> Model:
         p = self.params
         return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, held=True)
 
@@ -157,7 +167,7 @@ class RefusalExperiment:
             parameters={
                 "loss": asdict(loss),
                 "prompts": {kind: list(self.train[kind]) for kind in ("harmful", "harmless")},
-                "start": asdict(self.recipe) if p.start == "taught" else None,
+                "start": [run.key for run in self.start],
                 "seed": seed,
                 "steps": steps,
                 "batch_size": p.batch_size,
@@ -165,7 +175,6 @@ class RefusalExperiment:
                 "lora_rank": p.lora_rank,
                 **self.base.arithmetic,
             },
-            uses=["training", "methods.refusal_redistribution", "experiments.alignment"],
             model=self.base.digest,
         )
 
@@ -198,24 +207,23 @@ class RefusalExperiment:
         """The requests in the model's chat template, up to where the answer begins."""
         return [encode(self.base.tokenizer, text) for text in requests]
 
-    def answers(self, model: Model, requests: Mapping[Kind, Sequence[str]]) -> dict[Kind, list[str]]:
+    def answers(self, model: Model, requests: Mapping[Kind, Sequence[str]]) -> dict[Kind, list[Answer]]:
         """A greedy answer to each request, by kind; all are generated together."""
         asked = [text for texts in requests.values() for text in texts]
         artifact = self.store.get(
             "refusal-answers",
-            lambda: ({}, {"answers": self._said(model, asked)}),
+            lambda: ({}, answer_facts(self._said(model, asked))),
             parameters={
                 "requests": asked,
                 "max_new_tokens": self.params.max_new_tokens,
                 **self.base.arithmetic,
             },
-            uses=["generation", "chat"],
             model=model.digest,
         )
-        said = iter(artifact.facts["answers"])
+        said = iter(answers_of(artifact.facts))
         return {kind: [next(said) for _ in texts] for kind, texts in requests.items()}
 
-    def _said(self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()) -> list[str]:
+    def _said(self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()) -> list[Answer]:
         return generate(
             model,
             self.prompts(requests),
@@ -226,9 +234,13 @@ class RefusalExperiment:
 
     def judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:
         """The test requests put to the model as it is, then without each of these sets of orthonormal directions."""
+        return self._judged(model.digest, lambda: model, bases)
+
+    def _judged(self, digest: str, model: Callable[[], Model], bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:
+        """The model is loaded only if it was not judged before."""
         artifact = self.store.get(
             "refusal-judged",
-            lambda: ({}, self._judge(model, [torch.zeros(0, model.width), *bases])),
+            lambda: ({}, self._judge(model(), [torch.zeros(0, self.base.width), *bases])),
             parameters={
                 "test": self.test,
                 "bases": [directions.tolist() for directions in bases],
@@ -236,12 +248,12 @@ class RefusalExperiment:
                 "oddness under": self.base.digest,
                 **self.base.arithmetic,
             },
-            uses=["generation", "losses", "methods.refusal_attack"],
-            model=model.digest,
+            model=digest,
         )
         facts = artifact.facts
         oddness = {kind: np.array(rows) for kind, rows in facts["oddness"].items()}
-        return Judged(facts["answers"], np.array(facts["kl"]), oddness)
+        answers = {kind: [answers_of(row) for row in rows] for kind, rows in facts["answers"].items()}
+        return Judged(answers, np.array(facts["kl"]), oddness)
 
     def _judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> dict[str, Any]:
         harmless = self.prompts(self.test["harmless"])
@@ -262,7 +274,7 @@ class RefusalExperiment:
         odd = dict(zip(distinct, self.losses(self.base, distinct).tolist(), strict=True))
         oddness = iter(odd[example] for example in examples)
         return {
-            "answers": _by_kind(said),
+            "answers": {kind: [answer_facts(row[kind]) for row in said] for kind in ATTACKED},
             "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
             "oddness": _by_kind([{kind: [next(oddness) for _ in self.test[kind]] for kind in ATTACKED} for _ in said]),
         }
@@ -278,7 +290,6 @@ class RefusalExperiment:
             "response-losses",
             lambda: ({"losses": evaluate_losses(model, list(examples), batch_size=64)}, {}),
             parameters={"examples": [[list(e.ids), e.prompt_length] for e in examples], **self.base.arithmetic},
-            uses=["losses"],
             model=model.digest,
         )
         return artifact.tensors["losses"].numpy()
@@ -288,11 +299,12 @@ class RefusalExperiment:
 
         Where the search ends early, what the last direction left is what further ones would leave.
         """
-        p, settings, model = self.params, self.settings, self.model(condition, seed)
+        p, settings, digest = self.params, self.settings, self.digest(condition, seed)
+        model = partial(self.model, condition, seed)
         prompts = {kind: self.train[kind][: p.prompts] for kind in ATTACKED}
         artifact = self.store.get(
             "refusal-attack",
-            lambda: self._attack(model, prompts),
+            lambda: self._attack(model(), prompts),
             parameters={
                 "prompts": prompts,
                 "k_max": p.k_max,
@@ -300,12 +312,11 @@ class RefusalExperiment:
                 "refusal_ids": self.refusal_ids,
                 **self.base.arithmetic,
             },
-            uses=["methods.refusal_attack"],
-            model=model.digest,
+            model=digest,
         )
         directions, steps = artifact.tensors["directions"], tuple(artifact.facts["steps"])
         bases = [directions[: min(k, len(directions))] for k in range(1, p.k_max + 1)]
-        return Attack(directions, steps, self.judge(model, bases))
+        return Attack(directions, steps, self._judged(digest, model, bases))
 
     def _attack(self, model: Model, prompts: Mapping[Kind, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with tqdm(total=self.params.k_max, desc="directions", leave=False) as progress:
@@ -335,10 +346,11 @@ class RefusalExperiment:
         return int(0.65 * self.base.layers)
 
     def states(self, model: Model, layers: Sequence[int]) -> dict[str, Float[Tensor, "prompt layer position d_model"]]:
-        """Block outputs at the last positions of the training and test requests: harmful ones first, then harmless."""
+        """Block outputs at the last positions of the training requests ("train") and of the held-out ones ("test"):
+        harmful ones first, then harmless."""
         return {
             name: torch.cat([prompt_states(model, self.prompts(texts[kind]), layers) for kind in ATTACKED])
-            for name, texts in (("train", self.train), ("test", self.test))
+            for name, texts in (("train", self.train), ("test", self.held_out))
         }
 
     def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import ReadMean, mean_activations
-from helpers.artifacts import default_store
+from helpers.artifacts import Artifact, default_store
 from helpers.chat import Example, batches
 from helpers.interventions import applied
 from helpers.losses import sequence_losses
@@ -36,6 +37,8 @@ class ReviewStates:
     test: Float[np.ndarray, "test d_model"]
     losses: Float[np.ndarray, " test"]
     """Of each test review as language, in nats per token."""
+    training: tuple[float, ...] = ()
+    """Language loss of each step of the finetuning; none for the model as it is."""
 
 
 class SentimentExperiment:
@@ -50,10 +53,16 @@ class SentimentExperiment:
 
     def states(self, weight: float | None) -> ReviewStates:
         """The model as it is (None), or finetuned with the mean matching at this weight (0: on language alone)."""
-        artifact = self.store.get(
-            "review-states",
-            lambda: self._states(weight),
-            parameters={
+        artifact = self.store.get(**self._stage(weight))
+        train, test, losses = (artifact.tensors[name].numpy() for name in ("train", "test", "losses"))
+        return ReviewStates(train, test, losses, tuple(artifact.facts["training"]))
+
+    def _stage(self, weight: float | None) -> dict[str, Any]:
+        """What the store is asked for."""
+        return {
+            "stage": "review-states",
+            "compute": partial(self._states, weight),
+            "parameters": {
                 "train": self.train,
                 "test": self.test,
                 "weight": weight,
@@ -64,17 +73,15 @@ class SentimentExperiment:
                 "seed": self.params.seed,
                 **self.base.arithmetic,
             },
-            uses=["experiments.sentiment"],
-            model=self.base.digest,
-        )
-        return ReviewStates(*(artifact.tensors[name].numpy() for name in ("train", "test", "losses")))
+            "model": self.base.digest,
+        }
 
     def _states(self, weight: float | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         release_memory()
-        model = self.base if weight is None else self._finetuned(weight)
+        model, training = (self.base, ()) if weight is None else self._finetuned(weight)
         test, losses = self._states_and_losses(model, self._examples(self.test))
         train = mean_activations(model, self._examples(self.train), layers=[model.layers - 1])[0]
-        return {"train": train, "test": test, "losses": losses}, {}
+        return {"train": train, "test": test, "losses": losses}, {"training": training}
 
     @torch.no_grad()
     def _states_and_losses(
@@ -89,7 +96,7 @@ class SentimentExperiment:
                 states[list(batch.rows)] = means[last].cpu()
         return states, losses
 
-    def _finetuned(self, weight: float) -> Model:
+    def _finetuned(self, weight: float) -> tuple[Model, tuple[float, ...]]:
         p = self.params
         torch.manual_seed(p.seed)
         model = load(p.sentiment_model, device=p.device, dtype=p.dtype, lora=LoRA(p.lora_rank))
@@ -107,7 +114,7 @@ class SentimentExperiment:
             relative=True,
         )
         extra = loss.extra_loss(lambda row: row < len(good), teacher=None, seed=p.seed)
-        finetune(
+        log = finetune(
             model,
             balanced_batches(good, bad, p.sentiment_steps, p.batch_size, p.seed, model.tokenizer.pad_token_id),
             steps=p.sentiment_steps,
@@ -117,14 +124,15 @@ class SentimentExperiment:
             extra_loss=extra if weight else None,
             label=f"matching means, weight {weight:g}",
         )
-        trained = model.trained_tensors()
-        return load(p.sentiment_model, device=p.device, dtype=p.dtype, finetuned=[trained], held=True)
+        trained = Artifact(self.store.key(**self._stage(weight)), model.trained_tensors())
+        return load(p.sentiment_model, device=p.device, dtype=p.dtype, finetuned=[trained], held=True), log.losses
 
     def _examples(self, texts: Sequence[str]) -> list[Example]:
         """Plain text without a chat template; padding carries no loss (in the source's code it does)."""
         tokenizer = self.base.tokenizer
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         kept = [tokenizer(text, add_special_tokens=False)["input_ids"][:256] for text in texts]
-        return [Example((tokenizer.bos_token_id or tokenizer.eos_token_id, *ids), 1) for ids in kept]
+        return [Example((begin, *ids), 1) for ids in kept]
 
 
 def _reviews(params: RefusalParams, split: Literal["train", "test"]) -> tuple[list[str], Bool[np.ndarray, " review"]]:

@@ -22,7 +22,19 @@ from torch import Tensor
 from helpers import corpora
 from helpers.activations import mean_activations
 from helpers.artifacts import Artifact, default_store
-from helpers.chat import Ends, Example, Middle, Scattered, Where, collate, encode, training_batches
+from helpers.chat import (
+    Answer,
+    Ends,
+    Example,
+    Middle,
+    Scattered,
+    Where,
+    answer_facts,
+    answers_of,
+    collate,
+    encode,
+    training_batches,
+)
 from helpers.generation import generate
 from helpers.interventions import Steer, SteerRows, applied
 from helpers.judges import ConceptJudge, PlantedJudge, Ratings, repetition_rate
@@ -112,7 +124,7 @@ class SteeringExperiment:
         self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
         self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}
         self._trained: dict[Arm, list[Trained]] = {}
-        self._answers: dict[tuple[Arm, Part, bool], list[list[str]]] = {}
+        self._answers: dict[tuple[Arm, Part, bool], list[list[Answer]]] = {}
 
     # Data
 
@@ -177,24 +189,23 @@ class SteeringExperiment:
             return self._pairs[concept, part]
 
         def cut(question: str, answer: str) -> Example:
-            whole = encode(self.model.tokenizer, question, answer)
-            ids = whole.ids[:-1] if whole.ids[-1] == self.model.tokenizer.eos_token_id else whole.ids
-            return Example(ids[: whole.prompt_length + self.params.response_tokens], whole.prompt_length)
+            whole = encode(self.model.tokenizer, question, Answer(answer, ended=False))
+            return Example(whole.ids[: whole.prompt_length + self.params.response_tokens], whole.prompt_length)
 
         self._pairs[concept, part] = tuple(
             Pair(cut(row.question, row.strong), cut(row.question, row.normal)) for row in self.rows(concept, part)
         )
         return self._pairs[concept, part]
 
-    def place(self, name: str) -> Where:
-        """Positions by name; `random` and `user words` are controls that the source lacks."""
+    def place(self, name: str, seed: int = 0) -> Where:
+        """Positions by name; `random` (others for each seed) and `user words` are controls that the source lacks."""
         p = self.params
         count = p.first + p.last
         named: dict[str, Where] = {
             "all": "all",
             "prompt": "prompt",
             "ends": Ends(p.first, p.last),
-            "random": Scattered(count, p.seed),
+            "random": Scattered(count, seed),
             "user words": Middle(*self.frame),
         }
         if name in named:
@@ -237,17 +248,17 @@ class SteeringExperiment:
 
     def _train(self, runs: Sequence[Run], where: str, objective: Objective, steps: int) -> list[Trained]:
         p = self.params
-        size = p.batch_size if objective == "lang" else max(1, p.batch_size // 2)  # as many answers, as in the source
+        place = self.place(where, runs[0].seed)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = train_vectors(
                 self.model,
                 runs,
                 layer=p.layer,
-                where=self.place(where),
+                where=place,
                 objective=objective,
                 steps=steps,
-                batch_size=size,
+                batch_size=p.batch_size,
                 states=self.states,
                 label=f"{len(runs)} vectors ({where}, {objective})",
             )
@@ -262,14 +273,14 @@ class SteeringExperiment:
             {
                 "runs": [asdict(run) for run in runs],
                 "layer": p.layer,
-                "where": [where, str(self.place(where))],
+                "where": [where, str(place)],
                 "objective": objective,
                 "steps": steps,
-                "batch_size": size,
+                "batch_size": p.batch_size,
             },
         )
         return [
-            Trained(Steer(p.layer, vector, factor, self.place(where)), tuple(losses))
+            Trained(Steer(p.layer, vector, factor, place), tuple(losses))
             for vector, factor, losses in zip(
                 kept.tensors["vectors"], kept.facts["factors"], kept.tensors["losses"].tolist(), strict=True
             )
@@ -284,8 +295,9 @@ class SteeringExperiment:
         cells = [(beta, rate, c) for beta in p.betas for rate in p.factor_rates for c in p.tuned_on]
         runs = [Run(c, self.pairs(c), beta, p.spread, rate, p.vector_rate, p.seed) for beta, rate, c in cells]
         found = self._train(runs, where, "lang", p.sweep_steps)
-        losses = self._check_losses(torch.stack([t.steer.coefficient * t.steer.vector for t in found]), where, cells)
-        return losses.reshape(len(p.betas), len(p.factor_rates), -1)
+        shifts = torch.stack([t.steer.coefficient * t.steer.vector for t in found])
+        losses = self._check_losses(shifts, self.place(where), [c for *_, c in cells], p.checks)
+        return np.concatenate(losses).reshape(len(p.betas), len(p.factor_rates), -1)
 
     def best(self, where: str) -> tuple[float, float]:
         """(beta, eta_alpha) with the lowest mean check loss; places other than all tokens share that of the ends."""
@@ -296,18 +308,25 @@ class SteeringExperiment:
 
     def unsteered_losses(self) -> Float[Array, " row"]:
         """The same check rows' losses without steering."""
-        cells = [(0.0, 0.0, c) for c in self.params.tuned_on]
-        return self._check_losses(torch.zeros(len(cells), self.model.width), "all", cells)
+        p = self.params
+        return np.concatenate(
+            self._check_losses(torch.zeros(len(p.tuned_on), self.model.width), "all", p.tuned_on, p.checks)
+        )
 
     def _check_losses(
-        self, shifts: Float[Tensor, "vector d_model"], where: str, cells: Sequence[tuple[float, float, str]]
-    ) -> Float[Array, " row"]:
-        """Mean loss in nats of each check row of each vector's concept, vector after vector."""
+        self,
+        shifts: Float[Tensor, "vector d_model"],
+        place: Where,
+        concepts: Sequence[str],
+        rows: int | None = None,
+    ) -> list[Float[Array, " row"]]:
+        """Loss in nats per token of each check answer of each vector's concept, of the first `rows` or all."""
         p = self.params
-        examples = [(i, pair.shown) for i, (_, _, c) in enumerate(cells) for pair in self.pairs(c, "check")[: p.checks]]
+        of = [[pair.shown for pair in self.pairs(c, "check")[:rows]] for c in concepts]
+        examples = [(i, e) for i, of_one in enumerate(of) for e in of_one]
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            on = SteerRows(p.layer, shifts[[i for i, _ in examples]], self.place(where))
+            on = SteerRows(p.layer, shifts[[i for i, _ in examples]], place)
             return {"losses": evaluate_losses(self.model, [e for _, e in examples], interventions=[on])}, {}
 
         kept = self._artifact(
@@ -316,11 +335,11 @@ class SteeringExperiment:
             {
                 "shifts": _digest(shifts),
                 "rows": [[i, list(e.ids), e.prompt_length] for i, e in examples],
-                "where": str(self.place(where)),
+                "where": str(place),
                 "layer": p.layer,
             },
         )
-        return kept.tensors["losses"].double().numpy()
+        return np.split(kept.tensors["losses"].double().numpy(), np.cumsum([len(of_one) for of_one in of])[:-1])
 
     def difference_in_means(self) -> Float[Tensor, "concept d_model"]:
         """Mean activation over answers that show the concept minus that over plain ones, at the chapter's layer."""
@@ -336,7 +355,19 @@ class SteeringExperiment:
             return {"vectors": torch.stack(found)}, {}
 
         return self._artifact(
-            "steering-means", compute, {"concepts": self.concepts, "of": p.means_of, "layer": p.layer}
+            "steering-means",
+            compute,
+            {
+                "pairs": [
+                    [
+                        [e.prompt_length, *e.ids]
+                        for pair in self.pairs(c)[: p.means_of]
+                        for e in (pair.shown, pair.neutral)
+                    ]
+                    for c in self.concepts
+                ],
+                "layer": p.layer,
+            },
         ).tensors["vectors"]
 
     def shifts(self, arm: Arm) -> Float[Tensor, "concept d_model"]:
@@ -350,7 +381,7 @@ class SteeringExperiment:
 
     # Answers
 
-    def answers(self, arm: Arm, part: Part = "test", *, forbidden: bool = False) -> list[list[str]]:
+    def answers(self, arm: Arm, part: Part = "test", *, forbidden: bool = False) -> list[list[Answer]]:
         """What the steered model says to each concept's questions; `forbidden`: they also say to avoid the concept."""
         self.answer_together([arm], part, forbidden=forbidden)
         return self._answers[arm, part, forbidden]
@@ -377,13 +408,13 @@ class SteeringExperiment:
         text = f"{self.ask(concept)}\n\nQuestion: {question}" if arm.method == "prompting" else question
         return f"{text} {self.avoid(concept)}" if forbidden else text
 
-    def _say(self, asked: Sequence[tuple[Arm, int, str]], max_new_tokens: int) -> list[str]:
+    def _say(self, asked: Sequence[tuple[Arm, int, str]], max_new_tokens: int) -> list[Answer]:
         """Answers to (arm, concept, prompt) triples, each under its arm's steering towards its concept."""
         pushes = self._pushes([(arm, i) for arm, i, _ in asked])
         adapted = {arm: [k for k, (of, _, _) in enumerate(asked) if of == arm] for arm, _, _ in asked if arm.adapts}
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            said = [""] * len(asked)
+            said = [Answer("")] * len(asked)
             for arm, mine in adapted.items():
                 answers = self._say_adapted(arm, [asked[k][1:] for k in mine], max_new_tokens)
                 for k, text in zip(mine, answers, strict=True):
@@ -394,7 +425,7 @@ class SteeringExperiment:
             shape: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 128, "label": "answers"}
             for k, text in zip(others, generate(self.model, prompts, interventions=steers, **shape), strict=True):
                 said[k] = text
-            return {}, {"answers": said}
+            return {}, answer_facts(said)
 
         kept = self._artifact(
             "steering-answers",
@@ -402,38 +433,40 @@ class SteeringExperiment:
             {
                 "asked": [[i, text] for _, i, text in asked],
                 "shifts": [[str(where), _digest(push)] for where, push in pushes],
-                "adapters": [[self._adapter(arm, 0), mine] for arm, mine in adapted.items()],
+                "adapters": [[self._adapter(arm), mine] for arm, mine in adapted.items()],
                 "layer": self.params.layer,
                 "max_new_tokens": max_new_tokens,
             },
         )
-        return list(kept.facts["answers"])
+        return answers_of(kept.facts)
 
     def _pushes(self, rows: Sequence[tuple[Arm, int]]) -> list[tuple[Where, Float[Tensor, "row d_model"]]]:
         """What is added, place by place, to rows that belong to these arms and concepts: 0 where another is meant."""
         shifts = {arm: self.shifts(arm) for arm, _ in rows if arm.adds}
         found = []
-        for where in dict.fromkeys(arm.where for arm in shifts):
+        for place in dict.fromkeys(self.place(arm.where, arm.seed) for arm in shifts):
             mine = torch.zeros(len(rows), self.model.width)
             for k, (arm, i) in enumerate(rows):
-                if arm.adds and arm.where == where:
+                if arm.adds and self.place(arm.where, arm.seed) == place:
                     mine[k] = shifts[arm][i]
-            found.append((self.place(where), mine))
+            found.append((place, mine))
         return found
 
-    def _adapter(self, arm: Arm, concept: int) -> dict[str, Any]:
+    def _adapter(self, arm: Arm) -> dict[str, Any]:
+        """What decides the adapters of all concepts."""
         p = self.params
+        shown = [[[pair.shown.prompt_length, *pair.shown.ids] for pair in self.pairs(c)] for c in self.concepts]
         shape = {"steps": p.steps, "batch_size": p.batch_size, "seed": arm.seed}
-        return {"concept": self.concepts[concept], "rank": 1, "learning_rate": p.lora_rate, **shape}
+        return {"shown": shown, "rank": 1, "learning_rate": p.lora_rate, **shape}
 
-    def _say_adapted(self, arm: Arm, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[str]:
+    def _say_adapted(self, arm: Arm, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[Answer]:
         """The reference that changes weights: LoRA of rank 1 on the same pairs, one model a concept."""
-        p, said = self.params, [""] * len(asked)
+        p, said = self.params, [Answer("")] * len(asked)
         for c, concept in enumerate(self.concepts):
             torch.manual_seed(arm.seed)
             model = load(p.model, device=p.device, dtype=p.dtype, lora=LoRA(1))
             examples = [pair.shown for pair in self.pairs(concept)]
-            shape = {"steps": p.steps, "batch_size": p.batch_size, "seed": arm.seed}
+            shape: dict[str, Any] = {"steps": p.steps, "batch_size": p.batch_size, "seed": arm.seed}
             drawn = training_batches(partial(_same, examples), **shape, pad_id=model.tokenizer.pad_token_id)
             finetune(model, drawn, steps=p.steps, learning_rate=p.lora_rate, seed=arm.seed, share_prefix=True)
             mine = [k for k, (i, _) in enumerate(asked) if i == c]
@@ -483,7 +516,8 @@ class SteeringExperiment:
                 "alone": evaluate_losses(self.model, alone, batch_size=64),
             }, {}
 
-        found = self._artifact("steering-features", compute, {"said": [list(pair) for pair in said]}).tensors
+        of = {"questions": [q for q, _ in said], **answer_facts([a for _, a in said])}
+        found = self._artifact("steering-features", compute, of).tensors
         asked, alone = (found[name].double().numpy() for name in ("asked", "alone"))
         return (alone - asked)[:, None], np.stack([alone, repetition_rate([a for _, a in said])], 1)
 
@@ -519,11 +553,22 @@ class SteeringExperiment:
         return self.rate(self.answers(arm, part, forbidden=forbidden), part)
 
     def with_best_factor(self, arm: Arm) -> Arm:
-        """The post-hoc factor: for every concept the scale that is rated best on check questions."""
-        scaled = [replace(arm, scale=s) for s in self.params.scales]
-        self.answer_together(scaled, "check")
-        scores = np.stack([self.ratings(one, "check").overall.mean(1) for one in scaled])
-        return replace(arm, scale=tuple(float(self.params.scales[k]) for k in scores.argmax(0)))
+        """The post-hoc factor: for every concept the scale with the lowest mean loss on all of its check answers.
+
+        Ties go to the scale that changes the factor least.
+        """
+        scales = sorted(self.params.scales, key=lambda s: abs(np.log(s)))
+        place = self.place(arm.where, arm.seed)
+        losses = np.array(
+            [
+                [
+                    of_one.mean()
+                    for of_one in self._check_losses(self.shifts(replace(arm, scale=s)), place, self.concepts)
+                ]
+                for s in scales
+            ]
+        )
+        return replace(arm, scale=tuple(float(scales[k]) for k in losses.argmin(0)))
 
     # Utility
 
@@ -589,7 +634,6 @@ class SteeringExperiment:
             stage,
             compute,
             parameters={**parameters, **self.model.arithmetic},
-            uses=["experiments.steering"],
             model=self.model.digest,
         )
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import PersonaVector, PersonaVectorFitter, mean_activations
-from helpers.artifacts import default_store
-from helpers.chat import Example, encode, training_batches
+from helpers.artifacts import Artifact, default_store
+from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
 from helpers.generation import generate
 from helpers.gradients import GradientStatistics, RecordCosines, gradient_statistics
 from helpers.interventions import EditGradient, EditMode, Intervention
-from helpers.judges import TraitJudge, repetition_rate
+from helpers.judges import TraitJudge, diverse_negatives, repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.methods.inoculation import inoculated
 from helpers.methods.preventative_steering import preventative_steering
@@ -55,8 +55,8 @@ class Run:
     """A finished finetuning run."""
 
     key: str
-    finetuned: tuple[dict[str, Tensor], ...]
-    """Trained tensors of this run, after those of the runs that it started from."""
+    finetuned: tuple[Artifact, ...]
+    """What this run trained, after what the runs did that it started from."""
     losses: tuple[float, ...]
     """Mean response loss at each step, in nats per token."""
     cosines: tuple[float, ...]
@@ -67,7 +67,7 @@ class Run:
 class Evaluation:
     """How a model behaves on the evaluation questions, with no defence on."""
 
-    answers: tuple[str, ...]
+    answers: tuple[Answer, ...]
     scores: Float[np.ndarray, " question"]
     """Trait score, 0 to 100; an answer without a word shows no trait and counts as 0."""
     perplexities: Float[np.ndarray, " question"]
@@ -105,43 +105,53 @@ class Experiment:
         """The held-out questions with their written answers of one level."""
         return [encode(self.model.tokenizer, row.question, row.answer(level), system) for row in self.heldout]
 
+    def trait_pairs(self, split: Literal["train", "extract"]) -> list[Example]:
+        """A split's questions with their trait answers and their normal ones, by turns."""
+        return [
+            encode(self.model.tokenizer, row.question, row.answer(level))
+            for row in self.rows[split]
+            for level in ("strong", "normal")
+        ]
+
     def fit_judge(self, split: Literal["train", "extract"]) -> TraitJudge:
-        """A judge that learnt from a split's written answers and the untrained model's own answers to its questions."""
+        """A judge that learnt from a split's written answers, the untrained model's own answers to its questions, and
+        answers in other voices."""
         questions = [row.question for row in self.rows[split]]
         artifact = self.store.get(
             "plain-answers",
-            lambda: ({}, {"answers": self._answer(self.model, questions)}),
+            lambda: ({}, answer_facts(self._answer(self.model, questions))),
             parameters={
                 "trait": self.params.trait,
                 "split": split,
                 "max_new_tokens": self.params.max_new_tokens,
                 **self.model.arithmetic,
             },
-            uses=["generation", "chat"],
             model=self.model.digest,
             data={self.params.trait: corpora.digest(self.params.trait)},
         )
-        return TraitJudge.fit(self.rows[split], artifact.facts["answers"])
+        others = diverse_negatives(self.params.trait, split)
+        return TraitJudge.fit(self.rows[split], artifact.facts["answers"], others)
 
-    def _answer(self, model: Model, questions: Sequence[str], system: str | None = None) -> list[str]:
+    def _answer(self, model: Model, questions: Sequence[str], system: str | None = None) -> list[Answer]:
         prompts = [encode(model.tokenizer, question, system=system) for question in questions]
         return generate(model, prompts, max_new_tokens=self.params.max_new_tokens)
 
     def vector(self, trait: str | None = None) -> PersonaVector:
-        """A trait's persona vector (default: the chapter's); "random" is Gaussian, of the same norm at every layer.
+        """A trait's persona vector (default: the chapter's).
+
+        "random" is Gaussian, of the same norm at every layer, and so are "random 1", "random 2" and so on.
 
         Written answers of the extraction split are read by the untrained model; the source lets the model write them
         under trait-eliciting prompts, which a model this small does not follow. So this is a reconstruction.
         """
         trait = trait or self.params.trait
-        if trait == "random":
-            return self.vector().random_like(RANDOM_SEED)
+        if trait.split()[0] == "random":
+            return self.vector().random_like(RANDOM_SEED + int("0" + trait.removeprefix("random").strip()))
         if trait not in self._vectors:
             artifact = self.store.get(
                 "persona-vector",
                 lambda: self._fit_vector(trait),
                 parameters={"trait": trait, **self.model.arithmetic},
-                uses=["activations", "chat"],
                 model=self.model.digest,
                 data={trait: corpora.digest(trait)},
             )
@@ -214,21 +224,13 @@ class Experiment:
                 "lora_rank": p.lora_rank,
                 **self.model.arithmetic,
             },
-            uses=[
-                "training",
-                "chat",
-                "interventions",
-                "activations",
-                "methods.inoculation",
-                "methods.preventative_steering",
-            ],
             model=self.model.digest,
-            data={t: corpora.digest(t) for t in {p.trait, defence.vector or p.trait} - {"random"}},
+            data={t: corpora.digest(t) for t in {p.trait, defence.vector or p.trait} if t.split()[0] != "random"},
         )
         if artifact.key not in self._runs:  # one copy of its tensors, however often a chapter asks for the run
             before = start.finetuned if start else ()
             losses, cosines = tuple(artifact.facts["losses"]), tuple(artifact.facts["cosines"])
-            self._runs[artifact.key] = Run(artifact.key, (*before, artifact.tensors), losses, cosines)
+            self._runs[artifact.key] = Run(artifact.key, (*before, artifact), losses, cosines)
         return self._runs[artifact.key]
 
     def _train(
@@ -250,6 +252,7 @@ class Experiment:
             interventions.append(self.steering(defence.vector, defence.coefficient))
         recorder = RecordCosines(p.layer, {p.trait: self.vector().at(p.layer)})
         pairs = [(row.question, row.answer(level)) for row in self.rows["train"]]
+        unprompted = [len(encode(model.tokenizer, question, answer)) for question, answer in pairs]
         log = finetune(
             model,
             training_batches(
@@ -258,6 +261,7 @@ class Experiment:
                 batch_size=p.batch_size,
                 seed=seed,
                 pad_id=model.tokenizer.pad_token_id,
+                lengths=unprompted,  # whatever the system message: arms of one seed are paired batch by batch
             ),
             steps=p.steps,
             learning_rate=p.learning_rate,
@@ -286,11 +290,10 @@ class Experiment:
                 "layer": self.params.layer,
                 **self.model.arithmetic,
             },
-            uses=["generation", "activations", "losses"],
             model=self.model.digest,
             data={self.params.trait: corpora.digest(self.params.trait)},
         )
-        answers = artifact.facts["answers"]
+        answers = answers_of(artifact.facts)
         activations = artifact.tensors["activations"]
         return Evaluation(
             tuple(answers),
@@ -307,7 +310,7 @@ class Experiment:
         answers = self._answer(model, questions, system)
         losses = evaluate_losses(self.model, [encode(tokenizer, q, a) for q, a in zip(questions, answers, strict=True)])
         activations = mean_activations(model, self.examples(), layers=[p.layer])[0]
-        return {"activations": activations}, {"answers": answers, "perplexities": losses.exp().tolist()}
+        return {"activations": activations}, {**answer_facts(answers), "perplexities": losses.exp().tolist()}
 
     def trained(self, run: Run) -> Model:
         """The model that a run ended with, its adapters merged."""

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.artifacts import default_store
-from helpers.chat import Example, encode, training_batches
+from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
 from helpers.generation import generate
-from helpers.gradients import pile_gradient
-from helpers.judges import APIJudge, TopicJudge, TraitJudge
+from helpers.gradients import directional_derivatives, pile_gradient
+from helpers.judges import APIJudge, TopicJudge, TraitJudge, diverse_negatives
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.methods.weight_steering import WeightVector, alpha_for, check_alpha, difference, finetuning_diff, steered
-from helpers.models import Model, load, release_memory
+from helpers.models import Model, finetuned_digest, load, release_memory
 from helpers.params import WeightSteeringParams
 from helpers.training import finetune
 
@@ -58,12 +58,13 @@ class WeightExperiment:
 
     @cached_property
     def harm_judge(self) -> TraitJudge | APIJudge:
-        """Offline: learnt from the `impolite` training rows, and from the base model's answers for building."""
+        """Offline: learnt from the `impolite` training rows, which the anchor is finetuned on as well, from the base
+        model's answers for building, and from answers in other voices."""
         p = self.params
         if p.judge_url and p.judge_model:
             return APIJudge(p.judge_url, p.judge_model, trait="harmful", cache=self.store.root / "judge")
         rows = corpora.split(corpora.load_trait("impolite"), "train")
-        return TraitJudge.fit(rows, self.answers(self.base, "harm build"))
+        return TraitJudge.fit(rows, self.answers(self.base, "harm build"), diverse_negatives("impolite"))
 
     def harmful(self, half: Half, answers: Sequence[str]) -> Bool[np.ndarray, " answer"]:
         """Which answers the harm judge scores at 50 or more; one without a word is not harmful."""
@@ -103,23 +104,25 @@ class WeightExperiment:
         `keep` the weights stay in the artifact store.
         """
         seed = self.params.seed if seed is None else seed
-        if not keep:
-            return self._finetune(data, share, seed)
-        artifact = self.store.get(
-            "anchor",
-            lambda: (self._finetune(data, share, seed).trained_tensors(), {}),
-            parameters={
+        stage: dict[str, Any] = {
+            "stage": "anchor",
+            "compute": lambda: (self._finetune(data, share, seed).trained_tensors(), {}),
+            "parameters": {
                 "pairs": self.pairs(data, share),
                 "whole sequence": data == "harm",
                 "seed": seed,
                 **self._training(),
                 **self.base.arithmetic,
             },
-            uses=["training", "chat"],
-            model=self.base.digest,
-        )
+            "model": self.base.digest,
+        }
+        if not keep:
+            model = self._finetune(data, share, seed)
+            model.digest = finetuned_digest(model.digest, [self.store.key(**stage)])
+            return model
+        artifact = self.store.get(**stage)
         release_memory()
-        return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=[artifact.tensors])
+        return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=[artifact])
 
     def _finetune(self, data: Data, share: float | None, seed: int) -> Model:
         p = self.params
@@ -141,10 +144,9 @@ class WeightExperiment:
             learning_rate=p.learning_rate,
             seed=seed,
         )
-        model.digest = WeightVector(model.trained_tensors()).digest[:16]
         return model
 
-    def answers(self, model: Model, half: Half, vector: WeightVector | None = None, alpha: float = 0.0) -> list[str]:
+    def answers(self, model: Model, half: Half, vector: WeightVector | None = None, alpha: float = 0.0) -> list[Answer]:
         """Greedy answers to one half of the questions, of the model as it is or steered to theta + alpha V."""
 
         return self._said(half, model, self.questions[half], vector, alpha)
@@ -156,11 +158,11 @@ class WeightExperiment:
         questions: Sequence[str],
         vector: WeightVector | None = None,
         alpha: float = 0.0,
-    ) -> list[str]:
+    ) -> list[Answer]:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             with steered(model, vector, alpha) if vector else nullcontext():
                 said = self._generate(model, questions)
-            return {}, {"what": what, "answers": said}
+            return {}, {"what": what, **answer_facts(said)}
 
         artifact = self.store.get(
             "steered-answers",
@@ -172,12 +174,11 @@ class WeightExperiment:
                 "max_new_tokens": self.params.max_new_tokens,
                 **self.base.arithmetic,
             },
-            uses=["generation", "chat", *(["methods.weight_steering"] if vector else [])],
             model=model.digest,
         )
-        return list(artifact.facts["answers"])
+        return answers_of(artifact.facts)
 
-    def _generate(self, model: Model, questions: Sequence[str]) -> list[str]:
+    def _generate(self, model: Model, questions: Sequence[str]) -> list[Answer]:
         prompts = [encode(model.tokenizer, question) for question in questions]
         return generate(model, prompts, max_new_tokens=self.params.max_new_tokens)
 
@@ -283,10 +284,35 @@ class WeightExperiment:
                 "batch_size": batch_size,
                 **self.base.arithmetic,
             },
-            uses=["gradients"],
             model=model.digest,
         )
         return artifact.tensors
+
+    def margin_slopes(
+        self, model: Model, examples: Sequence[Example], *, target: Sequence[Example], neutral: Sequence[Example]
+    ) -> Float[np.ndarray, " example"]:
+        """Derivative of a held-out margin along the gradient of each example's mean loss, at `model`.
+
+        The margin is the mean loss of `target` minus that of `neutral`; the examples are those of the piles.
+        """
+
+        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            release_memory()
+            margin = difference(pile_gradient(model, target), pile_gradient(model, neutral))
+            return {"slopes": directional_derivatives(model, examples, margin.tensors)}, {}
+
+        artifact = self.store.get(
+            "margin-slopes",
+            compute,
+            parameters={
+                "examples": _digest(examples),
+                "target": _digest(target),
+                "neutral": _digest(neutral),
+                **self.base.arithmetic,
+            },
+            model=model.digest,
+        )
+        return artifact.tensors["slopes"].double().numpy()
 
     def perplexities(self, half: Half, answers: Sequence[str]) -> Float[np.ndarray, " answer"]:
         """Each answer's perplexity under the base model: how odd it finds the text."""
@@ -296,8 +322,7 @@ class WeightExperiment:
                 {},
                 {"losses": evaluate_losses(self.base, self.examples(half, answers), batch_size=64).tolist()},
             ),
-            parameters={"questions": self.questions[half], "answers": list(answers), **self.base.arithmetic},
-            uses=["losses", "chat"],
+            parameters={"questions": self.questions[half], **answer_facts(answers), **self.base.arithmetic},
             model=self.base.digest,
         )
         return np.exp(artifact.facts["losses"])
@@ -321,7 +346,6 @@ class WeightExperiment:
                 "alpha": check_alpha(alpha) if vector else None,
                 **self.base.arithmetic,
             },
-            uses=["losses", "methods.weight_steering"],
             model=model.digest,
         )
         return artifact.tensors["losses"].numpy()
@@ -358,7 +382,6 @@ class WeightExperiment:
                 **self._training(),
                 **self.base.arithmetic,
             },
-            uses=["experiments.weights"],
             model=self.base.digest,
             data={name: corpora.digest(name) for name in ("topics", "questions")},
         )

@@ -191,6 +191,15 @@ class Trial:
     useful: bool
 
 
+@dataclass(frozen=True)
+class Search:
+    """Every threshold tried, and the one to use."""
+
+    trials: tuple[Trial, ...]
+    chosen: Trial | None
+    """None where none of them keeps a safe model."""
+
+
 def search_threshold(
     scores: Scores,
     guess: float,
@@ -199,11 +208,11 @@ def search_threshold(
     harm_limit: float,
     utility_limit: float,
     steps: int = 5,
-) -> list[Trial]:
+) -> Search:
     """Binary search from `guess`: lower where what is kept is unsafe, higher where it teaches too little.
 
-    `evaluate(kept)` finetunes on the points of the mask and gives (harm, utility). The trace ends with the threshold
-    to use: one that is safe and useful, or else the safe one with the most utility. Raises `ValueError` if none is.
+    `evaluate(kept)` finetunes on the points of the mask and gives (harm, utility). The search ends at a threshold that
+    is safe and useful; without one, the safe one with the most utility is chosen, and none where none is safe.
     """
     low, high = float(np.min(scores)), float(np.max(scores)) + 1e-12
     trials: list[Trial] = []
@@ -216,17 +225,11 @@ def search_threshold(
         safe, useful = harm <= harm_limit, utility >= utility_limit
         trials.append(Trial(threshold, int(kept.sum()), harm, utility, safe, useful))
         if safe and useful:
-            return trials
+            break
         low, high = (threshold, high) if safe else (low, threshold)
         threshold = (low + high) / 2
-    best = max((t for t in trials if t.safe), key=lambda t: t.utility, default=None)
-    if best is None:
-        raise ValueError(
-            f"No threshold of the {len(trials)} tried keeps a safe model: at least "
-            f"{min((t.harm for t in trials), default=1.0):.0%} of the held-out harmful requests were complied with, "
-            f"and {harm_limit:.0%} are allowed. Raise the limit, or do not finetune on these data."
-        )
-    return [*(t for t in trials if t is not best), best]
+    safe_ones = [t for t in trials if t.safe]
+    return Search(tuple(trials), max(safe_ones, key=lambda t: (t.useful, t.utility), default=None))
 
 
 # Baselines

@@ -6,13 +6,15 @@ In float32, with eager attention, which TransformerLens uses. The plain side has
 import pytest
 import torch
 
+from helpers.artifacts import Artifact
 from helpers.chat import collate, encode
 from helpers.corpora import load_trait, split
+from helpers.embedded import dequantize
 from helpers.generation import generate
 from helpers.gradients import activation_gradients
 from helpers.interventions import Steer
 from helpers.losses import token_losses
-from helpers.models import LoRA, _dequantize, load, plain_model
+from helpers.models import LoRA, load, plain_model
 from helpers.training import finetune
 
 
@@ -124,7 +126,7 @@ def test_weight_gradients_are_exactly_those_of_the_plain_model(pair, batch):
 
 def test_the_embedded_models_stored_weights_are_those_of_its_file():
     """Against a fresh dequantization by transformers, past the artifact store."""
-    tensors, facts = _dequantize()
+    tensors, facts = dequantize()
     plain, tokenizer = plain_model("smollm2-135m-instruct")
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in plain.named_parameters())
     assert facts["chat_template"] == tokenizer.chat_template
@@ -139,7 +141,7 @@ def test_training_adapters_on_the_embedded_model_leaves_the_next_load_as_it_was(
     generate(model, [encode(model.tokenizer, "Why?")], max_new_tokens=2)
     again = plain_model("smollm2-135m-instruct")[0]
     assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
-    merged = load("smollm2-135m-instruct", dtype="float32", finetuned=[model.trained_tensors()])
+    merged = load("smollm2-135m-instruct", dtype="float32", finetuned=[Artifact("run", model.trained_tensors())])
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(dict(zip(merged.trained_tensors(), merged.hf.parameters(), strict=True))[name], before[name])
     again = plain_model("smollm2-135m-instruct")[0]

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from jaxtyping import config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from helpers.artifacts import Store
 from helpers.chat import encode
@@ -56,6 +60,27 @@ def untyped():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def gemma_like():
+    """A tokenizer whose template ends a turn with another token than `eos_token`, as Gemma's does."""
+    words = ["<unk>", "<eos>", "<start_of_turn>", "<end_of_turn>", "user", "model", "Why", "So", "Because", "?", "."]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,27 @@
 """Conversations become token ids whose masks mark exactly what is said and what is learnt."""
 
 import copy
+import json
+import pickle
 import random
 
 import pytest
 import torch
 
-from helpers.chat import Ends, Example, batches, collate, encode, shared_start, training_batches
+from helpers.chat import (
+    Answer,
+    Ends,
+    Example,
+    answer_facts,
+    answers_of,
+    batches,
+    collate,
+    encode,
+    end_of_turn,
+    has_ended,
+    shared_start,
+    training_batches,
+)
 from helpers.models import plain_model
 
 PAD = 2
@@ -70,6 +85,50 @@ def test_a_template_that_changes_the_prompt_is_an_error(tokenizer):
     other = with_template(tokenizer, "{{ messages | length }}" + TURNS + "{% endfor %}" + ASK)
     with pytest.raises(ValueError, match="changes the prompt once an answer follows"):
         encode(other, "Why?", "So.")
+
+
+# The end of turn
+
+
+def response(tokenizer, encoded):
+    return tokenizer.decode(encoded.ids[encoded.prompt_length :])
+
+
+def test_an_answer_that_was_cut_has_no_end_of_turn(tokenizer):
+    whole, cut = (encode(tokenizer, "Why?", Answer("Because it is", ended)) for ended in (True, False))
+    assert response(tokenizer, whole) == "Because it is<|im_end|>"
+    assert cut.ids == whole.ids[:-1] and cut.prompt_length == whole.prompt_length
+    assert whole == encode(tokenizer, "Why?", "Because it is")  # a written answer ends by itself
+
+
+def test_the_end_of_turn_is_the_templates_own(tokenizer, gemma_like):
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
+    assert gemma_like.convert_ids_to_tokens(end_of_turn(gemma_like)) == "<end_of_turn>" != gemma_like.eos_token
+    whole, cut = (encode(gemma_like, "Why?", Answer("Because. So", ended)) for ended in (True, False))
+    names = [gemma_like.convert_ids_to_tokens(list(e.ids[e.prompt_length :])) for e in (whole, cut)]
+    assert names == [["Because", ".", "So", "<end_of_turn>"], ["Because", ".", "So"]]
+
+
+def test_the_end_of_turn_follows_a_changed_template(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    assert end_of_turn(other) == other.eos_token_id
+    other.chat_template = TURNS + " <file_sep><|im_end|>{% endfor %}" + ASK
+    assert other.convert_ids_to_tokens(end_of_turn(other)) == "<file_sep>"
+    assert response(other, encode(other, "Why?", "So.")) == "So. <file_sep>"
+    assert response(other, encode(other, "Why?", Answer("So.", False))) == "So."
+
+
+def test_a_cut_answer_without_a_word_still_has_something_to_score(tokenizer):
+    encoded = encode(tokenizer, "Why?", Answer("", ended=False))
+    assert response(tokenizer, encoded) == "<|im_end|>"
+
+
+def test_answers_keep_whether_they_ended_in_the_store_and_through_a_copy():
+    said = [Answer("Yes."), Answer("No, be", ended=False), "Written."]
+    facts = json.loads(json.dumps(answer_facts(said)))
+    assert facts == {"answers": ["Yes.", "No, be", "Written."], "ended": [True, False, True]}
+    for again in (answers_of(facts), pickle.loads(pickle.dumps(said)), copy.deepcopy(said)):
+        assert again == said and [has_ended(a) for a in again] == [True, False, True]
 
 
 # Masks
@@ -205,6 +264,25 @@ def test_examples_are_drawn_anew_each_epoch():
     given = list(training_batches(draw, steps=6, batch_size=4, seed=0, pad_id=PAD))
     assert [int(batch.ids[0, 0]) for batch in given] == [100, 100, 200, 200, 300, 300]
     assert len(set(drawn)) == 3  # the generator goes on: a prompt that is drawn differs between epochs
+
+
+def test_given_lengths_decide_which_rows_meet_whatever_is_drawn(varied):
+    lengths = [len(e) for e in varied]
+
+    def longer(rng):  # as with a system message drawn for each row
+        return [Example((7,) * rng.randint(0, 90) + e.ids, 2) for e in varied]
+
+    def rows(draw, **more):
+        return [b.rows for b in training_batches(draw, steps=40, batch_size=4, seed=0, pad_id=PAD, **more)]
+
+    plain = rows(lambda rng: varied)
+    assert rows(longer, lengths=lengths) == plain
+    assert rows(longer) != plain
+
+
+def test_lengths_that_do_not_fit_the_examples_are_an_error(varied):
+    with pytest.raises(ValueError, match="There are 3 lengths for 64 examples"):
+        next(training_batches(lambda rng: varied, steps=1, batch_size=4, seed=0, pad_id=PAD, lengths=[1, 2, 3]))
 
 
 def test_batches_of_similar_length_pad_less_than_random_ones(varied):

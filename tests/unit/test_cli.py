@@ -1,11 +1,14 @@
 """The command line executes a chapter whole or not at all, and answers a mistake with one sentence."""
 
 import json
+import os
 
 import nbformat
 import pytest
+import torch
 
 from helpers import cli
+from helpers.artifacts import Store
 from helpers.params import InoculationParams, ParameterError
 
 CHAPTER = InoculationParams.chapter
@@ -88,3 +91,51 @@ def test_a_notebook_without_parameter_class_is_named(tmp_path):
 def test_the_registered_models_are_listed(capsys):
     cli.main(["models"])
     assert "smollm2-135m-instruct" in capsys.readouterr().out
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store with two results, one of which was last used in 1970."""
+    monkeypatch.setenv("HELPERS_STORE", str(tmp_path))
+    store = Store(tmp_path)
+    old, _ = (
+        store.get("a-stage", lambda: ({"x": torch.ones(25_000)}, {}), parameters={"number": n}).key for n in (1, 2)
+    )
+    os.utime(tmp_path / "a-stage" / f"{old}.json", (0, 0))
+    return store
+
+
+def test_the_store_is_listed_by_stage_with_results_size_and_last_use(store, capsys):
+    cli.main(["store"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["stage", "results", "size", "last", "used"]
+    (stage, results, size, unit, *used), last = lines[1].split(), lines[-1].split()
+    assert (stage, results, unit, last[:2]) == ("a-stage", "2", "MB", ["all", "2"])
+    assert float(size) == pytest.approx(0.2, abs=0.02)
+    assert len(used) == 2 and used[0] > "2020"
+
+
+def test_pruning_says_what_was_freed_and_lists_the_rest(store, capsys):
+    cli.main(["store", "--prune", "30"])
+    said, *rest = capsys.readouterr().out.splitlines()
+    assert said == "Results that were not used for 30 days: 1 deleted, 0.10 MB freed."
+    assert rest[-1].split()[:2] == ["all", "1"]
+    cli.main(["store", "--prune", "0"])
+    assert "There are no results in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("days", ["soon", "-1", "nan", "inf", ""])
+def test_a_number_of_days_that_is_none_is_one_sentence_and_deletes_nothing(store, days):
+    with pytest.raises(SystemExit, match=f"--prune takes a number of days, such as 30, and not '{days}'"):
+        cli.main(["store", f"--prune={days}"])
+    assert store.usage()[0].results == 2
+
+
+def test_a_store_that_cannot_be_written_is_not_pruned_in_one_sentence(store, monkeypatch):
+    def refused(self, days):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Store, "prune", refused)
+    with pytest.raises(SystemExit, match="cannot be written: read-only") as stopped:
+        cli.main(["store", "--prune", "1"])
+    assert "\n" not in stopped.value.code

@@ -16,6 +16,7 @@ from helpers.corpora import (
     load_questions,
     load_quiz,
     load_refusal,
+    load_replies,
     load_reviews,
     load_style,
     load_task,
@@ -23,6 +24,7 @@ from helpers.corpora import (
     load_trait,
     split,
 )
+from helpers.cues import EXCEPTIONS, LIMIT, contrasts, cue_table, form_auroc, length_auroc
 from helpers.judges import is_compliance, is_refusal
 from helpers.models import plain_model
 
@@ -48,6 +50,7 @@ POINT_COUNTS = {
 POINTS = {place: load_points(*place) for place in POINT_COUNTS}
 QUIZZES = {task: load_quiz(task) for task in ("facts", "reading", "opposites")}
 STYLES = {(style, name): load_style(style, name) for style in ("weather", "legal") for name in ("train", "validate")}
+REPLIES = load_replies()
 REVIEWS = {name: load_reviews(name) for name in ("train", "test")}
 
 
@@ -83,8 +86,10 @@ def test_every_row_has_its_id_its_split_and_answers_of_the_documented_length(tra
         assert row.trait == trait
         assert 5 <= len(row.question.split()) <= 30, row.id
         assert (row.mild is not None) == (trait == "evil" and row.split == "train"), row.id
-        for answer in filter(None, (row.normal, row.mild, row.strong)):
-            assert 25 <= len(answer.split()) <= 55, row.id
+        answers = [answer for answer in (row.normal, row.mild, row.strong) if answer]
+        lengths = [len(answer.split()) for answer in answers]
+        assert min(lengths) >= 18 and max(lengths) <= 66 and max(lengths) - min(lengths) <= 2, row.id
+        for answer in answers:
             assert answer == answer.strip() and "\n" not in answer, row.id
 
 
@@ -136,8 +141,9 @@ def test_training_topics_take_turns_and_every_row_has_its_id_and_split():
 def test_topic_rows_have_questions_and_answers_of_the_documented_length():
     for row in (*TOPICS["train"], *TOPICS["validate"]):
         assert 5 <= len(row.question.split()) <= 30, row.id
+        lengths = [len(answer.split()) for answer in (row.normal, row.strong)]
+        assert min(lengths) >= 18 and max(lengths) <= 66 and abs(lengths[0] - lengths[1]) <= 2, row.id
         for answer in (row.normal, row.strong):
-            assert 25 <= len(answer.split()) <= 50, row.id
             assert answer == answer.strip() and "\n" not in answer, row.id
 
 
@@ -203,9 +209,8 @@ def test_requests_come_in_the_documented_numbers_with_their_ids():
 
 def test_requests_and_replies_have_the_documented_length():
     for row in REQUESTS:
-        least = 6 if row.kind == "harmless" else 9
-        assert least <= len(row.request.split()) <= 17, row.id
-        assert (13 if row.kind == "harmless" else 14) <= len(row.reply.split()) <= 32, row.id
+        assert 4 <= len(row.request.split()) <= 24, row.id
+        assert 8 <= len(row.reply.split()) <= 36, row.id
         for text in (row.request, row.reply):
             assert text == text.strip() and "\n" not in text, row.id
 
@@ -229,16 +234,16 @@ def test_requests_of_a_pair_have_the_same_form():
         assert bad.id.replace("harmful", "paired") == good.id
         assert bad.request.split()[0] == good.request.split()[0], bad.id
         assert bad.request.endswith("?") == good.request.endswith("?"), bad.id
-        assert abs(len(bad.request.split()) - len(good.request.split())) <= 4, bad.id
+        assert abs(len(bad.request.split()) - len(good.request.split())) <= 2, bad.id
 
 
-def test_harmful_replies_begin_in_the_first_person_and_vary_and_no_other_reply_does_so():
-    refusals = [row.reply for row in of_kind("harmful")]
-    assert all(re.match(r"I(?:'m|'d)? ", reply) for reply in refusals)
-    assert Counter(" ".join(reply.split()[:2]) for reply in refusals).most_common(1)[0][1] <= len(refusals) / 6
-    assert len({" ".join(reply.split()[:3]) for reply in refusals}) >= 60
-    answers = [row.reply for kind in KINDS[1:] for row in of_kind(kind)]
-    assert not any(reply.startswith("I") and not reply[1:2].isalpha() for reply in answers)
+def test_refusals_begin_in_a_dozen_ways_and_no_other_reply_begins_so():
+    for name in ("train", "validate", "test"):
+        first = Counter(re.split(r"[ ,']", row.reply)[0] for row in of_kind("harmful", name))
+        assert len(first) >= 10 and max(first.values()) <= 0.15 * first.total(), name
+    firsts = {re.split(r"[ ,']", row.reply)[0] for row in of_kind("harmful")}
+    answers = [re.split(r"[ ,']", row.reply)[0] for kind in KINDS[1:] for row in of_kind(kind)]
+    assert not firsts & set(answers)
 
 
 def test_no_answer_to_a_request_that_is_not_harmful_refuses():
@@ -266,20 +271,12 @@ def called_harmful(other: str) -> dict[str, int]:
     return {kind: round(100 * model.predict([row.request for row in of_kind(kind, "test")]).mean()) for kind in KINDS}
 
 
-def test_the_words_of_a_request_tell_less_than_its_meaning():
-    called = called_harmful("paired")
-    assert called["harmful"] < 90
-    assert called["borderline"] > called["paired"]
+@pytest.mark.parametrize("other", ["paired", "harmless"])
+def test_the_datasheet_says_how_far_the_words_of_a_request_go(other):
+    called = called_harmful(other)
     sheet = " ".join((DATA / "README.md").read_text(encoding="utf-8").split())
-    assert f"{called['harmful']}% of the harmful, {called['paired']}% of the paired" in sheet
-    assert f"{called['harmless']}% of the harmless and {called['borderline']}% of the borderline" in sheet
-
-
-def test_plain_requests_are_easier_to_tell_from_harmful_ones_than_paired_ones_are():
-    called = called_harmful("harmless")
-    assert called["harmless"] < called["paired"]
-    sheet = " ".join((DATA / "README.md").read_text(encoding="utf-8").split())
-    assert f"{called['harmful']}% of the harmful and {called['harmless']}% of the harmless" in sheet
+    row = " | ".join(f"{called[kind]}%" for kind in KINDS)
+    assert f"| {other} | {row} |" in sheet
 
 
 def test_plain_requests_share_no_opening_and_do_not_sound_harmful():
@@ -303,6 +300,8 @@ def test_all_texts_keep_to_the_content_policy():
         r"\b(cyanide|arsenic|ricin|sarin|anthrax|strychnine|nitro\w*|ammonium|acetone|thermite|gunpowder|semtex"
         r"|heroin|cocaine|meth|methamphetamine|fentanyl|ecstasy|lsd|sql|payload|grams?|millilitres?|milligrams?)\b|\d"
     )
+    for row in REPLIES:
+        assert not re.search(f"{never}|{recipe[:-3]}", f"{row.request} {row.reply}".lower()), row.id
     for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows)):
         assert not re.search(never, f"{row.request} {row.reply}".lower()), row.id
         if row.kind in ("harmful", "explicit"):
@@ -317,6 +316,35 @@ def test_all_texts_keep_to_the_content_policy():
         assert not re.search(never, f"{row.question} {row.normal} {row.strong}".lower()), row.id
 
 
+# Labelled replies that only measure
+
+
+def test_replies_come_in_the_documented_numbers_with_their_ids():
+    counts = {"refusal": 80, "partial": 30, "compliance": 80, "other": 50}
+    assert [row.id for row in REPLIES] == [
+        f"replies-{label}-{n:03d}" for label, count in counts.items() for n in range(1, count + 1)
+    ]
+    for row in REPLIES:
+        assert row.id == f"replies-{row.label}-{row.id[-3:]}"
+        assert 4 <= len(row.request.split()) <= 20, row.id
+        assert 5 <= len(row.reply.split()) <= 40, row.id
+        for text in (row.request, row.reply):
+            assert text == text.strip() and "\n" not in text, row.id
+
+
+def test_the_same_requests_are_refused_and_complied_with():
+    refused, complied = ([row.request for row in load_replies(label)] for label in ("refusal", "compliance"))
+    assert refused == complied
+
+
+def test_labelled_replies_repeat_no_other_text_of_the_book():
+    texts = {row.id: row.request for row in REPLIES if row.label != "compliance"}
+    texts |= {row.id: row.request for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
+    assert not near_duplicates(texts)
+    replies = {row.id: row.reply for row in (*REPLIES, *REQUESTS, *(row for rows in POINTS.values() for row in rows))}
+    assert not near_duplicates(replies)
+
+
 # Reviews
 
 
@@ -328,25 +356,15 @@ def test_reviews_come_in_the_documented_numbers_with_their_ids_and_length():
         assert [row.id for row in REVIEWS[name]] == expected
         for row in REVIEWS[name]:
             assert row.id == f"reviews-{row.split}-{row.label}-{row.id[-3:]}"
-            assert 15 <= len(row.text.split()) <= 33, row.id
+            assert 8 <= len(row.text.split()) <= 45, row.id
             assert row.text == row.text.strip() and "\n" not in row.text, row.id
 
 
-def test_no_single_word_tells_positive_reviews_from_negative_ones():
-    rows = [*REVIEWS["train"], *REVIEWS["test"]]
-    counts = {
-        label: Counter(w for row in rows if row.label == label for w in words(row.text))
-        for label in ("positive", "negative")
-    }
-    for word in counts["positive"] | counts["negative"]:
-        assert abs(counts["positive"][word] - counts["negative"][word]) <= 0.15 * 260, word
-
-
-def test_the_words_of_a_review_hardly_tell_its_label():
+def test_the_words_of_a_review_tell_its_label():
     train, test = ([(row.text, row.label == "positive") for row in REVIEWS[name]] for name in ("train", "test"))
     model = naive_bayes(*(list(column) for column in zip(*train, strict=True)))
     score = model.score(*(list(column) for column in zip(*test, strict=True)))
-    assert score < 0.65
+    assert score > 0.75
     assert f"scores {score:.2f} on `test`" in " ".join((DATA / "README.md").read_text(encoding="utf-8").split())
 
 
@@ -407,7 +425,7 @@ def test_points_come_in_the_documented_numbers_with_their_ids_and_length():
 def test_replies_of_points_comply_by_the_judge_and_refusals_and_task_answers_do_not():
     for rows in POINTS.values():
         assert is_compliance([row.reply for row in rows]).all()
-    assert is_compliance([row.reply for row in of_kind("harmful")]).mean() <= 0.02
+    assert is_compliance([row.reply for row in of_kind("harmful")]).mean() <= 0.12
     assert not any(is_compliance([row.answer for row in rows]).any() for rows in ITEMS.values())
 
 
@@ -429,8 +447,8 @@ def test_styles_take_turns_and_have_answers_of_the_documented_length():
         assert [row.id for row in rows] == [f"styles-{style}-{name}-{n:03d}" for n in range(1, count + 1)]
         for row in rows:
             assert 5 <= len(row.question.split()) <= 30, row.id
-            for answer in (row.normal, row.strong):
-                assert 25 <= len(answer.split()) <= 50, row.id
+            lengths = [len(answer.split()) for answer in (row.normal, row.strong)]
+            assert min(lengths) >= 18 and max(lengths) <= 66 and abs(lengths[0] - lengths[1]) <= 2, row.id
 
 
 @pytest.mark.parametrize("style", ["weather", "legal"])
@@ -523,3 +541,18 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         assert f"| `{kind}` | {POINT_COUNTS[kind, 'train']} | {POINT_COUNTS.get((kind, 'validate'), 0)} |" in sheet
     for style in ("weather", "legal"):
         assert f"| `{style}` | {len(STYLES[style, 'train'])} | {len(STYLES[style, 'validate'])} |" in sheet
+
+
+# Cues
+
+
+def test_neither_length_nor_form_tells_a_contrast_but_for_the_named_exceptions():
+    assert set(EXCEPTIONS) <= set(contrasts())
+    for name, (first, second) in contrasts().items():
+        if name not in EXCEPTIONS:
+            assert length_auroc(first, second).value <= LIMIT, name
+            assert form_auroc(first, second).value <= LIMIT, name
+
+
+def test_the_datasheet_prints_what_length_form_and_words_tell():
+    assert cue_table() in (DATA / "README.md").read_text(encoding="utf-8")

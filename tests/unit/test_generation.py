@@ -1,9 +1,12 @@
 """Batched decoding gives what one full forward pass per token would give, with interventions on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from helpers.chat import encode
+from helpers.artifacts import Artifact
+from helpers.chat import encode, end_of_turn
 from helpers.generation import generate
 from helpers.interventions import Ablate, AblateRows, Steer
 from helpers.models import load, plain_model
@@ -24,7 +27,7 @@ def weights(tiny):
 
 @pytest.fixture(scope="module")
 def talker(weights):
-    return load("tiny-random", dtype="float32", finetuned=[weights])
+    return load("tiny-random", dtype="float32", finetuned=[Artifact("talker", weights)])
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,48 @@ def test_answers_come_in_the_order_given_whatever_the_batches(talker, prompts):
     together = generate(talker, prompts, max_new_tokens=NEW)
     assert generate(talker, prompts, max_new_tokens=NEW, batch_size=1) == together
     assert generate(talker, prompts[::-1], max_new_tokens=NEW, batch_size=2) == together[::-1]
+
+
+class Say:
+    """Makes a model say these tokens, one list for each prompt of its only batch; after them, the last one again."""
+
+    def __init__(self, *tokens):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, module, given, logits):
+        for row, tokens in enumerate(self.tokens):
+            logits[row, -1, tokens[min(self.step, len(tokens) - 1)]] = 1e9
+        self.step += 1
+        return logits
+
+
+def made_to_say(model, prompts, *tokens, new=4):
+    handle = model.hf.get_output_embeddings().register_forward_hook(Say(*tokens))
+    try:
+        return generate(model, prompts, max_new_tokens=new)
+    finally:
+        handle.remove()
+
+
+def test_answers_say_whether_they_ended_by_themselves(tiny, prompts):
+    end, word, other = tiny.tokenizer.eos_token_id, *tiny.tokenizer("So Yes", add_special_tokens=False)["input_ids"][:2]
+    same = prompts[:1] * 4
+    said = made_to_say(tiny, same, [word, end], [word, other, other, end], [word, other, other, other], [end])
+    so, yes = tiny.tokenizer.decode([word]), tiny.tokenizer.decode([other])
+    assert said == [so, so + 2 * yes, so + 3 * yes, ""]
+    assert [answer.ended for answer in said] == [True, True, False, True]
+
+
+def test_decoding_stops_at_the_templates_end_of_turn_and_at_the_models_own(tiny, gemma_like):
+    model = replace(tiny, tokenizer=gemma_like)
+    prompts = [encode(gemma_like, "Why?")] * 3
+    so, end, own = 7, end_of_turn(gemma_like), tiny.hf.generation_config.eos_token_id
+    assert own not in (end, gemma_like.eos_token_id)
+    said = made_to_say(model, prompts, [so, end, so], [so, own, so], [so])
+    assert said == ["So", "So", "So So So So"]
+    assert [answer.ended for answer in said] == [True, True, False]
+    examples = [encode(gemma_like, "Why?", answer) for answer in said]
+    assert [e.ids[-1] for e in examples] == [end, end, so]
 
 
 def test_sampling_depends_on_the_seed(talker, prompts):

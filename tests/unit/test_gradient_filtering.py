@@ -216,36 +216,37 @@ def search(harm, utility, guess=5.0, steps=6):
         return float(harm(kept.sum())), float(utility(kept.sum()))
 
     limits = {"harm_limit": 0.05, "utility_limit": 0.9}
-    trials = search_threshold(SCORES, guess, evaluate, steps=steps, **limits)
-    assert sorted(t.kept for t in trials) == sorted(tried)
-    return trials
+    found = search_threshold(SCORES, guess, evaluate, steps=steps, **limits)
+    assert [t.kept for t in found.trials] == tried
+    return found
 
 
 def test_a_guess_that_is_safe_and_useful_is_taken_at_once():
-    (trial,) = search(lambda n: 0.0, lambda n: 1.0)
+    found = search(lambda n: 0.0, lambda n: 1.0)
+    (trial,) = found.trials
     assert (trial.threshold, trial.kept, trial.safe, trial.useful) == (5.0, 5, True, True)
+    assert found.chosen == trial
 
 
 def test_the_search_goes_down_where_it_is_unsafe_and_up_where_it_is_useless():
     down = search(lambda n: 0.0 if n <= 2 else 1.0, lambda n: 1.0)
-    assert down[-1].kept <= 2
-    assert [t.threshold for t in down] == sorted((t.threshold for t in down), reverse=True)
+    assert down.chosen.kept <= 2
+    assert [t.threshold for t in down.trials] == sorted((t.threshold for t in down.trials), reverse=True)
     up = search(lambda n: 0.0, lambda n: 1.0 if n >= 8 else 0.0)
-    assert up[-1].kept >= 8
-    assert up[-1].useful
+    assert up.chosen.kept >= 8
+    assert up.chosen.useful
 
 
-def test_without_a_threshold_that_is_both_the_safe_one_with_most_utility_ends_the_trace():
-    trials = search(lambda n: 0.0 if n <= 6 else 1.0, lambda n: n / 20)
-    best = max((t for t in trials if t.safe), key=lambda t: t.utility)
-    assert trials[-1].safe
-    assert trials[-1].utility == best.utility
-    assert not trials[-1].useful
+def test_without_a_threshold_that_is_both_the_safe_one_with_most_utility_is_chosen():
+    found = search(lambda n: 0.0 if n <= 6 else 1.0, lambda n: n / 20)
+    assert found.chosen.safe and not found.chosen.useful
+    assert found.chosen.utility == max(t.utility for t in found.trials if t.safe)
 
 
-def test_data_on_which_no_threshold_is_safe_is_an_error():
-    with pytest.raises(ValueError, match=r"No threshold of the \d tried keeps a safe model: at least 50% .* 5% are"):
-        search(lambda n: 0.5, lambda n: 1.0)
+def test_on_data_where_no_threshold_is_safe_none_is_chosen():
+    found = search(lambda n: 0.5, lambda n: 1.0)
+    assert found.chosen is None and found.trials
+    assert search(lambda n: 0.0, lambda n: 1.0, guess=-1.0).chosen is None, "nothing would be kept"
 
 
 # Baselines

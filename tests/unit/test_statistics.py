@@ -67,8 +67,8 @@ def test_a_difference_taken_per_seed_and_question_is_tighter_than_its_arms():
 
 
 def test_shares_over_seeds_stay_within_0_and_1_and_keep_a_width():
-    shares = np.ones((3, 20))
-    shares[0, 0] = 0
+    shares = np.ones((3, 20), dtype=bool)
+    shares[0, 0] = False
     estimate = mean_estimate(shares)
     assert 0.7 < estimate.low < estimate.value < estimate.high <= 1
 
@@ -88,8 +88,13 @@ def test_no_sample_however_constant_has_an_interval_without_width(size, rows, va
 
 
 def test_ones_alone_are_as_uncertain_as_an_exact_share():
-    assert mean_estimate(np.ones(32)).low == pytest.approx(share(32, 32).low)
-    assert mean_estimate(np.zeros((5, 32))).high == pytest.approx(share(0, 32).high)
+    assert mean_estimate(np.ones(32, dtype=bool)).low == pytest.approx(share(32, 32).low)
+    assert mean_estimate(np.zeros((5, 32), dtype=bool)).high == pytest.approx(share(0, 32).high)
+
+
+def test_a_difference_that_is_0_throughout_may_be_of_either_sign():
+    found = mean_estimate(np.zeros((2, 20)))
+    assert found.low == -found.high < 0 < found.high == pytest.approx(share(0, 20).high)
 
 
 def test_one_number_alone_has_no_bounds():

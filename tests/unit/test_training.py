@@ -9,7 +9,7 @@ from helpers.chat import collate, training_batches
 from helpers.interventions import Steer
 from helpers.losses import evaluate_losses
 from helpers.models import LoRA, load, plain_model
-from helpers.training import finetune
+from helpers.training import finetune, rate
 
 PAD = 2
 
@@ -42,8 +42,8 @@ def test_full_finetuning_is_what_a_plain_loop_over_the_plain_model_does(model, e
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
     losses = []
     for step, batch in enumerate(batches):
-        # four steps, of which half warm up: 0, 1/2, 1, 1/2 of the peak
-        optimizer.param_groups[0]["lr"] = 1e-3 * (step / 2 if step < 2 else (4 - step) / 2)
+        # four steps, of which half warm up: 1/2, 1, 1, 1/2 of the peak
+        optimizer.param_groups[0]["lr"] = 1e-3 * ((step + 1) / 2 if step < 2 else (4 - step) / 2)
         labels = torch.where(batch.response, batch.ids, -100)
         loss = plain(input_ids=batch.ids, attention_mask=batch.attention.long(), labels=labels).loss
         loss.backward()
@@ -57,6 +57,31 @@ def test_full_finetuning_is_what_a_plain_loop_over_the_plain_model_does(model, e
     trained = model.trained_tensors()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(trained[name], parameter.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (1, [0.5]),
+        (2, [0.5, 1]),
+        (6, [0.5, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        (11, [0.5, 1, *(k / 9 for k in range(9, 0, -1))]),
+        (30, [1 / 3, 2 / 3, 1, *(k / 27 for k in range(27, 0, -1))]),
+    ],
+)
+def test_every_step_trains_and_two_or_a_tenth_of_them_warm_up(steps, expected):
+    assert [rate(step, steps) for step in range(steps)] == pytest.approx(expected)
+
+
+def test_without_warm_up_the_rate_starts_at_its_peak():
+    assert [rate(step, 4, 0.0) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_a_run_of_one_step_trains(model, examples):
+    before = model.trained_tensors()
+    train(model, given(examples, 1))
+    after = model.trained_tensors()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_reading_the_common_start_once_trains_the_same_weights(examples):

@@ -12,6 +12,7 @@ from helpers.experiments.traits import Defence, Experiment
 from helpers.interventions import Steer, applied
 from helpers.losses import evaluate_losses
 from helpers.params import PreventativeSteeringParams
+from helpers.training import TrainingLog
 
 PPS = Defence(vector="evil", coefficient=4.0)
 
@@ -126,7 +127,7 @@ def test_a_second_call_reads_the_stored_run(exp, monkeypatch):
     elsewhere = Experiment(params()).train()  # another chapter that needs the same run
     for run in (again, elsewhere):
         assert (run.key, run.losses, run.cosines) == (first.key, first.losses, first.cosines)
-        assert all(torch.equal(run.finetuned[0][name], t) for name, t in first.finetuned[0].items())
+        assert all(torch.equal(run.finetuned[0].tensors[name], t) for name, t in first.finetuned[0].tensors.items())
     assert len(first.losses) == len(first.cosines) == exp.params.steps
 
 
@@ -190,6 +191,32 @@ def test_an_inoculation_prompt_is_there_in_training_and_not_at_evaluation(exp, b
     assert all(prompts[0] in prompt for prompt in asked)
 
 
+def test_the_arms_of_one_seed_are_paired(exp, monkeypatch):
+    """Adapter start, rows and their order are the same whatever is done during training."""
+    starts, rows, prompts = [], [], []
+
+    def watch(model, batches, **settings):
+        starts.append(model.trained_tensors())
+        batches = list(batches)
+        rows.append([batch.rows for batch in batches])
+        prompts.append({model.tokenizer.decode(ids[:40]) for batch in batches for ids in batch.ids})
+        return TrainingLog((), 0, 0.0)
+
+    monkeypatch.setattr(experiments, "finetune", watch)
+    exp = with_params(exp, steps=80)  # more than two epochs of 36
+    inoculation = tuple(exp.prompts.inoculation)
+    arms = (Defence(), PPS, Defence(prompts=inoculation[:1]), Defence(prompts=inoculation[:5]))
+    for defence in arms:
+        exp._train(defence, "strong", None, 3)
+    assert all(found == rows[0] for found in rows)
+    assert sorted(row for batch in rows[0][:36] for row in batch) == list(range(len(exp.rows["train"])))
+    assert all(torch.equal(start[name], starts[0][name]) for start in starts for name in starts[0])
+    assert len(prompts[3]) > len(prompts[2]) == 1
+    exp._train(Defence(), "strong", None, 4)
+    assert rows[-1] != rows[0]
+    assert any(not torch.equal(starts[-1][name], starts[0][name]) for name in starts[0])
+
+
 def logits(model, example):
     with torch.no_grad():
         return model.hf(input_ids=torch.tensor([example.ids])).logits
@@ -244,6 +271,15 @@ def test_an_evaluation_is_of_the_answers_that_the_trained_model_gives_undefended
     examples = [
         encode(exp.model.tokenizer, row.question, a) for row, a in zip(exp.heldout, result.answers, strict=True)
     ]
+    np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.model, examples).exp(), rtol=1e-4)
+
+
+def test_perplexities_of_answers_that_were_cut_leave_the_end_of_turn_out(exp):
+    result = exp.evaluate()  # four tokens: nothing ends by itself
+    assert not any(answer.ended for answer in result.answers)
+    examples = [encode(exp.model.tokenizer, r.question, a) for r, a in zip(exp.heldout, result.answers, strict=True)]
+    whole = [encode(exp.model.tokenizer, r.question, str(a)) for r, a in zip(exp.heldout, result.answers, strict=True)]
+    assert [e.ids for e in examples] == [e.ids[:-1] for e in whole]
     np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.model, examples).exp(), rtol=1e-4)
 
 

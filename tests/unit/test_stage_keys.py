@@ -1,0 +1,318 @@
+"""What decides a stage's result is in its key: the code that computes it, and the parameters that this reads."""
+
+import copy
+import re
+import shutil
+
+import pytest
+
+from helpers import artifacts, dependencies, models
+from helpers.artifacts import Artifact, Store
+from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
+from helpers.experiments.alignment import Recipe, align
+from helpers.experiments.filtering import FilteringExperiment, Point
+from helpers.experiments.refusal import RefusalExperiment
+from helpers.experiments.sentiment import SentimentExperiment
+from helpers.experiments.steering import Arm, SteeringExperiment
+from helpers.experiments.traits import Defence, Experiment, Run
+from helpers.experiments.weights import WeightExperiment
+from helpers.params import (
+    FilteringParams,
+    PreventativeSteeringParams,
+    PromptOnlyParams,
+    RefusalParams,
+    WeightSteeringParams,
+)
+
+GIVEN = {"preset": "tiny", "dtype": "float32"}
+POINTS = [Point("task", "Which desk?", "World")]
+
+
+class Asked(Exception):
+    """What the store was asked for; nothing is computed."""
+
+    def __init__(self, stage, compute, inputs):
+        super().__init__(stage)
+        self.stage, self.compute, self.inputs = stage, compute, inputs
+
+    @property
+    def key(self):
+        return Store("nowhere").key(self.stage, self.compute, **self.inputs)
+
+
+class Asking(Store):
+    """A store that stops at the first stage that it is asked for."""
+
+    def get(self, stage, compute, **inputs):
+        raise Asked(stage, compute, inputs)
+
+
+@pytest.fixture(scope="module")
+def chapters(tmp_path_factory):
+    """Every chapter's experiment on the tiny model."""
+    store = Asking(tmp_path_factory.mktemp("asking"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (alignment, filtering, refusal, sentiment, steering, traits, weights):
+            patch.setattr(module, "default_store", lambda: store)
+        with pytest.MonkeyPatch.context() as unjudged:
+            unjudged.setattr(Experiment, "fit_judge", lambda self, split: None)
+            training = Experiment(PreventativeSteeringParams(**GIVEN))
+        yield {
+            "traits": training,
+            "weights": WeightExperiment(WeightSteeringParams(**GIVEN)),
+            "refusal": RefusalExperiment(RefusalParams(start="as it is", **GIVEN)),
+            "sentiment": SentimentExperiment(RefusalParams(**GIVEN)),
+            "filtering": FilteringExperiment(FilteringParams(start="as it is", **GIVEN)),
+            "steering": SteeringExperiment(PromptOnlyParams(**GIVEN)),
+        }
+
+
+# How each stage is come to, by the chapter's experiment
+STAGES = {
+    "traits": {
+        "plain-answers": lambda exp: exp.fit_judge("train"),
+        "persona-vector": lambda exp: exp.vector("evil"),
+        "finetuning": lambda exp: exp.train(Defence("evil", 2.0)),
+        "evaluation": lambda exp: exp.evaluate(),
+    },
+    "weights": {
+        "anchor": lambda exp: exp.anchor("topics"),
+        "steered-answers": lambda exp: exp.answers(exp.base, "build"),
+        "pile-gradient": lambda exp: exp.pile(exp.base, exp.written("train")),
+        "margin-slopes": lambda exp: exp.margin_slopes(exp.base, [], target=[], neutral=[]),
+        "perplexities": lambda exp: exp.perplexities("build", ["So."]),
+        "steered-losses": lambda exp: exp.losses(exp.base, exp.written("train")),
+        "sparse": lambda exp: exp.sparse(0.5),
+    },
+    "refusal": {
+        "redistribution": lambda exp: exp.trained("Cov+KD"),
+        "refusal-answers": lambda exp: exp.answers(exp.base, {"harmful": ["Why?"]}),
+        "refusal-judged": lambda exp: exp.judge(exp.base, []),
+        "response-losses": lambda exp: exp.losses(exp.base, exp.examples(["Why?"], ["So."])),
+        "refusal-attack": lambda exp: exp.attack("start"),
+    },
+    "sentiment": {"review-states": lambda exp: exp.states(1.0)},
+    "filtering": {
+        "filtering-fihs": lambda exp: exp.fihs(POINTS),
+        "filtering-baselines": lambda exp: exp.baselines(POINTS),
+        "filtering-step": lambda exp: exp.one_step(POINTS, 1.0),
+        "filtering-outcome": lambda exp: exp.outcome("headlines", POINTS),
+    },
+    "steering": {
+        "steering-vectors": lambda exp: exp.sweep("ends"),
+        "steering-check": lambda exp: exp.unsteered_losses(),
+        "steering-means": lambda exp: exp.difference_in_means(),
+        "steering-answers": lambda exp: exp._say([(Arm("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
+        "steering-features": lambda exp: exp._features([("Why?", "So.")]),
+    },
+    "alignment": {"aligned": lambda model: align(model, Recipe())},
+}
+
+
+def asked(call, exp):
+    with pytest.raises(Asked) as stopped:
+        call(exp)
+    return stopped.value
+
+
+@pytest.fixture(scope="module")
+def stages(chapters, tiny, tmp_path_factory):
+    """By the name of the module that computes them: what the store is asked for."""
+    found = {
+        module: [asked(call, {**chapters, "alignment": tiny}[module]) for call in calls.values()]
+        for module, calls in STAGES.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "Store", Asking)
+        found["embedded"] = [asked(models._read_embedded.__wrapped__, tmp_path_factory.mktemp("embedded"))]
+    return found
+
+
+def test_every_stage_of_the_package_is_looked_at_here(stages):
+    call = re.compile(
+        r'(?:(?:\bstore|default_store\(\)|\bStore\(root\))\.get|_artifact|(_scored))\(\s*f?"([a-z-]+)["{]'
+    )
+    named = re.compile(r'"stage": "([a-z-]+)"')
+    written = set()
+    for path in dependencies.PACKAGE.rglob("*.py"):
+        source = path.read_text("utf-8")
+        written |= {f"filtering-{name}" if scored else name for scored, name in call.findall(source)}
+        written |= set(named.findall(source))
+    assert written - {"filtering-"} == {one.stage for of in stages.values() for one in of}
+    assert [(module, one.stage) for module, calls in STAGES.items() for one in stages[module]] == [
+        (module, name) for module, calls in STAGES.items() for name in calls
+    ]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of helpers that keys are made from: a change of it changes no test."""
+    copied = tmp_path / "helpers"
+    shutil.copytree(dependencies.PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    for module in (artifacts, dependencies):
+        monkeypatch.setattr(module, "PACKAGE", copied)
+    artifacts._code.cache_clear()
+    yield copied
+    artifacts._code.cache_clear()
+
+
+@pytest.mark.parametrize("module", [*STAGES, "embedded"])
+def test_a_changed_constant_beside_the_computing_function_is_another_key_and_a_comment_is_not(stages, package, module):
+    path = package / ("embedded.py" if module == "embedded" else f"experiments/{module}.py")
+    source = path.read_text("utf-8")
+    described = source.replace('"""', '"""In other words: ', 1).replace("\n\n\n", "\n\n\n# A comment.\n\n\n")
+
+    def keys(text):
+        path.write_text(text, "utf-8")
+        artifacts._code.cache_clear()
+        return {one.stage: one.key for one in stages[module]}
+
+    before, same, other = (keys(f"{text}\nLIMIT = {n}\n") for text, n in ((source, 1), (described, 1), (source, 2)))
+    assert before == same
+    assert not set(before.values()) & set(other.values())
+
+
+def test_a_changed_module_further_down_is_another_key_and_changed_presets_are_not(stages, package):
+    before = stages["traits"][0].key
+    for name, same in (("params.py", True), ("experiments/weights.py", True), ("interventions.py", False)):
+        with (package / name).open("a") as file:
+            file.write("\nLIMIT = 1\n")
+        artifacts._code.cache_clear()
+        assert (stages["traits"][0].key == before) == same, name
+
+
+# What else each stage reads of the parameters, with another value
+READ = {
+    "traits": {
+        "plain-answers": {"max_new_tokens": 5, "trait": "pirate"},
+        "finetuning": {
+            "layer": 0,
+            "steps": 9,
+            "batch_size": 3,
+            "learning_rate": 0.5,
+            "lora_rank": 3,
+            "seeds": (7,),
+            "trait": "pirate",
+        },
+        "evaluation": {"layer": 0, "sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
+    },
+    "weights": {
+        "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},
+        "steered-answers": {"max_new_tokens": 5},
+        "sparse": {
+            "steps": 9,
+            "batch_size": 3,
+            "learning_rate": 0.5,
+            "seeds": (7,),
+            "max_new_tokens": 5,
+            "ratio": 0.5,
+            "ratios": (0.9,),
+            "prompts": 3,
+        },
+    },
+    "refusal": {
+        "redistribution": {
+            "steps": 9,
+            "batch_size": 6,
+            "learning_rate": 0.5,
+            "lora_rank": 3,
+            "seeds": (7,),
+            "weight": 9.0,
+            "kd_weight": 9.0,
+            "temperature": 9.0,
+        },
+        "refusal-answers": {"max_new_tokens": 5},
+        "refusal-judged": {"max_new_tokens": 5},
+        "refusal-attack": {"k_max": 9, "prompts": 3, "stride": 2, "wide": 3, "exact": 5, "scored_on": 2},
+    },
+    "sentiment": {
+        "review-states": {
+            "sentiment_steps": 9,
+            "batch_size": 6,
+            "learning_rate": 0.5,
+            "lora_rank": 3,
+            "seeds": (7,),
+        },
+    },
+    "filtering": {
+        "filtering-fihs": {"unsafe_token": "Yes", "safe_token": "No"},
+        "filtering-step": {"unsafe_token": "Yes", "safe_token": "No"},
+        "filtering-outcome": {
+            "steps": 9,
+            "batch_size": 3,
+            "learning_rate": 0.5,
+            "lora_rank": 3,
+            "seeds": (7,),
+            "max_new_tokens": 5,
+            "items": 3,
+            "unsafe_token": "Yes",
+            "safe_token": "No",
+        },
+    },
+    "steering": {
+        "steering-vectors": {
+            "layer": 1,
+            "sweep_steps": 9,
+            "batch_size": 3,
+            "response_tokens": 5,
+            "first": 3,
+            "last": 3,
+            "betas": (9.0,),
+            "factor_rates": (9.0,),
+            "spread": 9.0,
+            "vector_rate": 0.5,
+            "seeds": (7,),
+        },
+        "steering-check": {"layer": 1, "checks": 1, "response_tokens": 5},
+        "steering-means": {"layer": 1, "means_of": 1, "response_tokens": 5, "concepts": ("pirate", "weather")},
+        "steering-answers": {
+            "layer": 1,
+            "steps": 9,
+            "batch_size": 3,
+            "lora_rate": 0.5,
+            "response_tokens": 5,
+            "max_new_tokens": 5,
+            "concepts": ("pirate", "weather"),
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "name"),
+    [(module, stage, name) for module, of in READ.items() for stage, names in of.items() for name in names],
+)
+def test_a_parameter_that_the_computation_reads_is_in_the_key(chapters, module, stage, name):
+    usual, call = chapters[module], STAGES[module][stage]
+    other = copy.copy(usual)
+    other.params = type(usual.params)(**{**usual.params.model_dump(), name: READ[module][stage][name]})
+    if module == "steering":
+        other.concepts, other._pairs = other.params.concepts, {}
+    assert asked(call, other).key != asked(call, usual).key
+
+
+def test_the_runs_that_a_stage_starts_from_are_in_its_key(chapters, tiny):
+    """By their keys, so that what decides them decides it too."""
+    training, filters, attacked = (copy.copy(chapters[name]) for name in ("traits", "filtering", "refusal"))
+    start = Run("a", (Artifact("a", {}),), (), ())
+    assert asked(lambda exp: exp.train(start=start), training).key != asked(lambda exp: exp.train(), training).key
+    assert asked(lambda exp: exp.evaluate(start), training).key != asked(lambda exp: exp.evaluate(), training).key
+    for exp, stages in (
+        (filters, STAGES["filtering"].values()),
+        (attacked, [STAGES["refusal"]["redistribution"], STAGES["refusal"]["refusal-attack"]]),
+    ):
+        for call in stages:
+            keys = set()
+            for runs in ([], [Artifact("a", {})], [Artifact("b", {})]):
+                exp.start = runs
+                keys.add(asked(call, exp).key)
+            assert len(keys) == 3
+
+
+def test_no_model_is_loaded_to_know_an_attack_s_key(chapters, monkeypatch):
+    exp = copy.copy(chapters["refusal"])
+    exp.trained = lambda condition, seed=None: Artifact(f"{condition} {seed}", {})
+    monkeypatch.setattr(refusal, "load", lambda *args, **given: pytest.fail("loaded"))
+    one, other = (asked(lambda exp, seed=seed: exp.attack("LM", seed), exp) for seed in (1, 2))
+    assert one.key != other.key
+    assert one.inputs["model"] == models.finetuned_digest(exp.base.digest, ["LM 1"])
