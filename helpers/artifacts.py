@@ -20,8 +20,8 @@ import inspect
 import json
 import os
 import sys
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -356,11 +356,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    part.touch()
     try:
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors writes files that nobody else may read
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)

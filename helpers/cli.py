@@ -1,4 +1,4 @@
-"""`python -m helpers execute / compare / status / edition / models / store`: what the Snakefile, make or a reader calls.
+"""`python -m helpers execute / compare / status / edition / models / store`: what make or a reader calls.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
     python -m helpers compare results/quick/01_pps_gradient_reversal results/mine

@@ -132,7 +132,7 @@ EXCEPTIONS = {
 
 
 def contrasts() -> dict[str, tuple[list[str], list[str]]]:
-    """The contrasts that chapters rest on, by name: texts of the one kind and of the other, paired where they can be."""
+    """The contrasts that chapters rest on, by name: texts of one kind and of the other, paired where they can be."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for trait in corpora.available_traits():
         rows = corpora.load_trait(trait)

@@ -325,7 +325,7 @@ _QUICK = {
     "sequences": 32,
     "steps": 11,
     "batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "lora_rank": 32,
     "max_new_tokens": 32,
     "resamples": 2000,

@@ -7,8 +7,10 @@ the whole run and gone afterwards. `extra_loss` adds a term computed from the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -102,3 +104,44 @@ def finetune(
         for p in parameters:
             p.grad = None
     return TrainingLog(tuple(losses), tokens, time.perf_counter() - start)
+
+
+def final_loss(losses: Sequence[float], last: int = 3) -> float:
+    """The mean of a run's last few losses, in nats: fewer where it has fewer.
+
+    Raises `ValueError` for a run without losses.
+    """
+    if not losses:
+        raise ValueError("A run without a step has no final loss.")
+    return mean(losses[-last:])
+
+
+def worst_rise(losses: Sequence[float], over: int = 3) -> float:
+    """By how many nats the mean of `over` steps in a row ever rises above the lowest such mean before it; 0: never."""
+    smooth = [mean(losses[i : i + over]) for i in range(max(1, len(losses) - over + 1))]
+    return max(now - lowest for now, lowest in zip(smooth, accumulate(smooth, min), strict=True))
+
+
+def diverged(
+    groups: Mapping[str, Sequence[Sequence[float]]], *, within: float = 0.2, rise: float = 0.5
+) -> dict[str, list[int]]:
+    """Which runs did not train as their like did: their places in their group, for groups that have any.
+
+    A group holds the losses of one arm's runs, over seeds: arms are trained to levels of their own. A run is out where
+    its final loss is more than `within` nats from its group's median, or its smoothed loss rises by more than `rise`
+    (`worst_rise`), which is all that can be asked of a run alone. Three groups or more tell what a seed's last rows
+    add to the loss of every arm alike, and that is taken off: arms of one seed see the same rows.
+    """
+    finals = {name: [final_loss(losses) for losses in runs] for name, runs in groups.items()}
+    apart = {name: [final - median(of_arm) for final in of_arm] for name, of_arm in finals.items()}
+    found = {}
+    for name, runs in groups.items():
+        out = []
+        for seed, losses in enumerate(runs):
+            beside = [of_arm[seed] for of_arm in apart.values() if len(of_arm) > max(1, seed)]
+            off = apart[name][seed] - (median(beside) if len(beside) > 2 else 0.0)
+            if abs(off) > within or worst_rise(losses) > rise:
+                out.append(seed)
+        if out:
+            found[name] = out
+    return found

@@ -133,7 +133,7 @@ FIVE_SEEDS_QUESTION = """\
 The difference is 12 points, its 95% interval over five seeds [1, 23]. What do you write?
 
 a) The effect is certain, since the interval excludes zero.
-b) There is probably an effect, but the interval is narrower than it claims and nearly reaches zero: run more seeds.
+b) There is probably an effect, but it may be next to nothing, since the interval nearly reaches zero: run more seeds.
 c) There is no effect, since intervals over five seeds are worthless.
 d) The same as a, once more sequences per seed have been measured."""
 
@@ -145,9 +145,9 @@ def check_five_seeds(choice: str | None = None) -> None:
         FIVE_SEEDS_QUESTION,
         "b",
         {
-            "a": "over five seeds the interval holds the truth less often than it says, and zero is just outside it.",
-            "b": "five seeds show too little of how much seeds vary, so an end close to zero is not to be leant on.",
-            "c": "the coverage is below what is promised, not nil; the interval still says something.",
+            "a": "one in twenty such intervals misses the truth, and zero is just outside this one.",
+            "b": "five seeds show little of how much seeds vary, so it is wide; more of them say how large the effect is.",
+            "c": "over five seeds the interval holds the truth about as often as it says; it is wide, not worthless.",
             "d": "more sequences say nothing about how much the seeds vary; only more seeds do.",
         },
     )

@@ -41,6 +41,13 @@ class Attacked:
     """By kind of request, the log perplexity of each answer under the model that was never trained."""
 
 
+def of_covariance(condition: str, *measured: Measurement) -> tuple[Measurement, ...]:
+    """The measurements as they are where the condition is the one that claims are on; else they are not judged."""
+    if condition == "Cov+KD":
+        return measured
+    return tuple(Measurement(m.claim, NOT_MEASURED, (), "This run leaves Cov+KD out.") for m in measured)
+
+
 # Controls
 
 
@@ -172,9 +179,17 @@ def k_gain(
 
 
 def redistribution(
-    runs: Mapping[str, Sequence[Attacked]], *, seeds: Sequence[int], seed: int, resamples: int, sane: Control
+    runs: Mapping[str, Sequence[Attacked]],
+    *,
+    seeds: Sequence[int],
+    seed: int,
+    resamples: int,
+    sane: Mapping[str, Control],
 ) -> tuple[Measurement, ...]:
-    """K* of "Cov+KD" against the start model's ("start"), and against those of "LM+KD" and of "L1+KD"."""
+    """K* of "Cov+KD" against the start model's ("start"), and against those of "LM+KD" and of "L1+KD".
+
+    `sane` are the controls on training itself, of each condition that was trained.
+    """
     found = []
     for claim, name in (
         ("refusal.redistribution-raises-k", "start"),
@@ -190,7 +205,7 @@ def redistribution(
         least = min(smallest_k(run.refused) for run in (*one, *other))
         models = {"Cov+KD": one, "the start model" if name == "start" else name: other}
         controls = [
-            sane,
+            *(sane[condition] for condition in ("Cov+KD", name) if condition in sane),
             *(refuses(of, *(run.refused[0] for run in them)) for of, them in models.items()),
             *still_talks(models, seed=seed, resamples=resamples),
             Control(
@@ -321,7 +336,7 @@ def equal_means(
     left: Estimate,
     *,
     seeds: Sequence[int],
-    sane: Control,
+    sane: Sequence[Control],
 ) -> Measurement:
     """Which held-out reviews a linear probe gets right: on the untrained model's states, after the strongest mean
     matching (None if there was none), and after LEACE; and `gap_left`."""
@@ -333,7 +348,7 @@ def equal_means(
         claim,
         _of(matched.astype(float) - erased, seeds),
         [
-            sane,
+            *sane,
             Control(
                 f"a probe reads sentiment at the start (accuracy above {READABLE:g})",
                 at_first,

@@ -1,7 +1,6 @@
 """The embedded model shows the directions of the two chapters' central claims, at the quick preset's settings.
 
-Sixteen held-out answers rather than the chapter's thirty-two; the two finetuning runs are the chapter's own, so where
-the book has been built they are read from the artifact store.
+Sixteen held-out answers rather than the chapter's thirty-two; the two finetuning runs are as in the chapter.
 """
 
 import copy

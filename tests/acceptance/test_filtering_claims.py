@@ -1,6 +1,6 @@
 """On the embedded model, at the quick preset's settings: FIHS finds explicit harmful points, and foresees a step.
 
-Scores are the chapter's own, so where the book has been built they are read from the artifact store.
+Scores are as in the chapter, computed anew.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """On the embedded model, at the quick preset's settings: the start model tells what to refuse, and one direction is
 enough to stop it.
 
-Models and answers are the chapter's own, so where the book has been built they are read from the artifact store.
+Models and answers are as in the chapter, made anew.
 """
 
 import pytest

@@ -1,7 +1,6 @@
 """On the embedded model, at the quick preset's settings, each topic's direction turns that topic up and down.
 
-The anchor, the piles and the steered answers are the chapter's own, so where the book has been built they are read from
-the artifact store.
+The anchor, the piles and the steered answers are as in the chapter, made anew.
 """
 
 import pytest

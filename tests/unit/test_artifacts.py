@@ -200,7 +200,7 @@ def test_a_function_that_is_in_no_file_is_one_sentence(store):
     exec("def compute():\n    return {}, {}", made)
     for module in ("nowhere", "builtins"):  # a notebook's __main__ has no file either
         made["compute"].__module__ = module
-        with pytest.raises(ValueError, match="stage 'vector' is defined in no file, .*: put it into a module"):
+        with pytest.raises(ValueError, match=r"stage 'vector' is defined in no file, .*: put it into a module"):
             get(store, made["compute"])
 
 
@@ -230,6 +230,15 @@ def test_a_store_that_nobody_may_write_to_gives_what_is_in_it(store, monkeypatch
     assert not (store.root / "locks").exists()
     with pytest.raises(OSError, match="read-only"):
         get(store, compute, model="another")
+
+
+def test_a_store_s_files_are_open_to_whom_the_umask_opens_them(store):
+    before = os.umask(0o022)
+    try:
+        get(store, Compute())
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (store.root / "vector").iterdir()} == {0o644}
 
 
 def aged(store, artifact, days, stage="vector"):

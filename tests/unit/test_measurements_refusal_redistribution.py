@@ -115,7 +115,8 @@ def test_one_direction_counts_if_the_model_refused_before_and_still_talks(verdic
 def compared(cov, start=1, kd=3, means=4, sane=SANE, runs=None):
     found = {"start": [attacked(start)], "LM+KD": [attacked(kd, 1)], "L1+KD": [attacked(means, 2)]}
     found["Cov+KD"] = [attacked(cov, 3)]
-    return measured.redistribution(found | (runs or {}), seeds=(0,), sane=sane, **DRAWS)
+    controls = dict.fromkeys(("LM+KD", "L1+KD"), SANE) | {"Cov+KD": sane}
+    return measured.redistribution(found | (runs or {}), seeds=(0,), sane=controls, **DRAWS)
 
 
 def test_more_directions_needed_than_by_any_other_is_reproduced_and_fewer_contradicted(verdict_of):
@@ -159,8 +160,22 @@ def test_a_floor_and_a_ceiling_are_said_and_have_intervals_with_width(verdict_of
 
 def test_conditions_left_out_are_not_judged(verdict_of):
     runs = {"start": [attacked(1)], "Cov+KD": [attacked(8)]}
-    found = measured.redistribution(runs, seeds=(0,), sane=SANE, **DRAWS)
+    found = measured.redistribution(runs, seeds=(0,), sane={"Cov+KD": SANE}, **DRAWS)
     assert [verdict_of(m) for m in found] == ["reproduced", "not judged", "not judged"]
+
+
+def test_training_counts_for_the_conditions_compared(verdict_of):
+    runs = {"start": [attacked(1)], "LM+KD": [attacked(3, 1)], "Cov+KD": [attacked(8, 3)]}
+    sane = {"Cov+KD": SANE, "LM+KD": INSANE}
+    found = measured.redistribution(runs, seeds=(0,), sane=sane, **DRAWS)
+    assert [verdict_of(m) for m in found] == ["reproduced", "invalid", "not judged"]
+
+
+def test_what_another_condition_shows_is_not_judged_as_covariance_matching(verdict_of):
+    assert [verdict_of(m) for m in measured.of_covariance("Cov+KD", *intact())] == ["reproduced", "reproduced"]
+    other = measured.of_covariance("LM+KD", *intact())
+    assert [verdict_of(m) for m in other] == ["not judged", "not judged"]
+    assert [m.claim for m in other] == [m.claim for m in intact()]
 
 
 def test_runs_are_paired_by_seed_and_a_single_run_is_compared_with_each():
@@ -266,7 +281,9 @@ def equal_means(matched=0.8, erased=0.5, start=0.8, left=0.2, sane=SANE):
     right = None if matched is None else refused(matched, 0, 200)
     states = reviews(2 * left**0.5), reviews(2.0, 1)
     measure = measured.gap_left(*states, LABELS)
-    return measured.equal_means(refused(start, 2, 200), right, refused(erased, 1, 200), measure, seeds=(0,), sane=sane)
+    return measured.equal_means(
+        refused(start, 2, 200), right, refused(erased, 1, 200), measure, seeds=(0,), sane=[sane]
+    )
 
 
 @pytest.mark.parametrize(

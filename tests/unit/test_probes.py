@@ -9,6 +9,7 @@ from helpers.probes import (
     fit_leace,
     fit_mean_projection,
     linear_probe,
+    linear_scores,
     mean_gap,
     mlp_probe,
 )
@@ -42,6 +43,13 @@ def test_a_probe_does_not_mind_features_of_very_different_scales():
     (x, y), (test_x, test_y) = gaussians(4000), gaussians(2000, seed=1)
     scaled = linear_probe(x * scale, y, test_x * scale, test_y)
     assert scaled == linear_probe(x, y, test_x, test_y)
+
+
+def test_scores_of_a_linear_probe_are_right_as_often_as_it_is_and_rank_the_rows():
+    data = (*gaussians(400), *gaussians(200, seed=1))
+    scores = linear_scores(*data)
+    assert linear_probe(*data).value == ((scores > 0) == data[3]).mean()
+    assert np.corrcoef(scores, data[2][:, 0])[0, 1] > 0.9
 
 
 def test_probes_of_pure_noise_are_at_chance_within_their_interval():

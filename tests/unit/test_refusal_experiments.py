@@ -9,11 +9,12 @@ import torch
 from helpers import corpora
 from helpers.chat import encode
 from helpers.experiments import alignment, refusal
-from helpers.experiments.alignment import Recipe, align
+from helpers.experiments.alignment import Recipe, align, refusal_openers
 from helpers.experiments.refusal import ATTACKED, Kind, RefusalExperiment, redistribution
 from helpers.experiments.sentiment import SentimentExperiment
 from helpers.generation import generate
 from helpers.interventions import Ablate
+from helpers.judges import is_refusal
 from helpers.losses import evaluate_losses
 from helpers.methods.refusal_attack import coherent, smallest_k
 from helpers.params import RefusalParams
@@ -88,9 +89,30 @@ def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for
             (said,) = generate(exp.base, [encode(tokenizer, request)], max_new_tokens=5)
             whole = encode(tokenizer, request, said)
             assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
-            assert not said.startswith(("I ", "I'"))
+            assert not is_refusal([said])[0]
     assert taught["harmful"] == 80
     assert min(taught.values()) > 0
+
+
+def test_own_answers_are_left_out_if_they_refuse_and_not_for_how_they_begin(exp, batches_of, monkeypatch):
+    def say(model, asked, **_):
+        return ["I like this one." if i % 2 else "I'm sorry, but I can't help with that." for i in range(len(asked))]
+
+    monkeypatch.setattr(alignment, "generate", say)
+    align(exp.base, Recipe(steps=12, batch_size=4, answer_tokens=9, seed=5))
+    refusals = {row.request for row in corpora.load_refusal("harmful", "train")}
+    said = [reply for prompt, reply in batches_of if not any(f"user\n{r}<" in prompt for r in refusals)]
+    assert len(said) == 24 and all(reply.startswith("I like") for reply in said)
+
+
+def test_a_refusal_is_known_by_the_first_token_of_any_that_was_taught(exp, store):
+    replies = [row.reply for row in corpora.load_refusal("harmful", "train")]
+    tokenizer = exp.base.tokenizer
+    first = {tokenizer.encode(reply, add_special_tokens=False)[0] for reply in replies}
+    assert set(exp.refusal_ids) == first and len(exp.refusal_ids) == len(first)
+    assert tuple(exp.refusal_ids) == refusal_openers(tokenizer)
+    as_is = RefusalExperiment(params(start="as it is"))
+    assert as_is.refusal_ids == [tokenizer.encode("I", add_special_tokens=False)[0]]
 
 
 def test_no_held_out_request_is_trained_on(exp, batches_of):
@@ -299,6 +321,18 @@ def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_ove
     last = cache[f"blocks.{model.layers - 1}.hook_resid_post"][0]
     np.testing.assert_allclose(found.test[0], last[1:].mean(0), atol=1e-5)
     assert found.train.shape == found.test.shape == (40, model.width)
+
+
+def test_a_text_begins_with_the_token_of_beginning_even_if_its_number_is_0(feelings, monkeypatch):
+    tokenizer = feelings.base.tokenizer
+    for begin, expected in ((0, 0), (None, tokenizer.eos_token_id)):
+        monkeypatch.setattr(type(tokenizer), "bos_token_id", begin, raising=False)
+        assert feelings._examples(["A good film."])[0].ids[0] == expected
+
+
+def test_training_losses_are_kept_by_step(feelings):
+    assert feelings.states(None).training == ()
+    assert len(feelings.states(0.0).training) == feelings.params.sentiment_steps
 
 
 def test_matching_the_means_brings_them_together(store):

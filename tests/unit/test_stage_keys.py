@@ -223,7 +223,7 @@ READ = {
         },
         "refusal-answers": {"max_new_tokens": 5},
         "refusal-judged": {"max_new_tokens": 5},
-        "refusal-attack": {"k_max": 9, "prompts": 3, "stride": 2, "wide": 3, "exact": 5, "scored_on": 2},
+        "refusal-attack": {"k_max": 9, "prompts": 3, "wide": 3, "exact": 5, "scored_on": 2},
     },
     "sentiment": {
         "review-states": {
@@ -285,7 +285,10 @@ READ = {
 def test_a_parameter_that_the_computation_reads_is_in_the_key(chapters, module, stage, name):
     usual, call = chapters[module], STAGES[module][stage]
     other = copy.copy(usual)
-    other.params = type(usual.params)(**{**usual.params.model_dump(), name: READ[module][stage][name]})
+    given = {**usual.params.model_dump(), name: READ[module][stage][name]}
+    if name == "trait":
+        del given["other_traits"]  # the trait is one of them
+    other.params = type(usual.params)(**given)
     if module == "steering":
         other.concepts, other._pairs = other.params.concepts, {}
     assert asked(call, other).key != asked(call, usual).key

@@ -9,7 +9,7 @@ from helpers.chat import collate, training_batches
 from helpers.interventions import Steer
 from helpers.losses import evaluate_losses
 from helpers.models import LoRA, load, plain_model
-from helpers.training import finetune, rate
+from helpers.training import diverged, final_loss, finetune, rate, worst_rise
 
 PAD = 2
 
@@ -237,3 +237,55 @@ def test_a_model_with_nothing_to_train_is_an_error(model, examples):
     model.hf.requires_grad_(False)
     with pytest.raises(ValueError, match="Nothing to train: every parameter is frozen"):
         train(model, given(examples))
+
+
+# Whether a run is sound
+
+
+def test_the_final_loss_is_the_mean_of_the_last_steps():
+    assert final_loss([9.0, 5.0, 4.0, 3.0]) == 4.0
+    assert final_loss([9.0, 5.0, 4.0, 3.0], last=1) == 3.0
+    assert final_loss([5.0, 4.0]) == 4.5
+    with pytest.raises(ValueError, match="A run without a step has no final loss"):
+        final_loss([])
+
+
+def test_the_worst_rise_is_of_the_smoothed_loss_over_its_lowest_so_far():
+    assert worst_rise([5.0, 4.0, 3.0, 2.0]) == 0
+    assert worst_rise([4.0, 3.0, 5.0, 2.0, 6.0], over=1) == 4.0
+    assert worst_rise([4.0, 4.0, 4.0, 4.3, 4.0]) == pytest.approx(0.1)  # one batch of hard rows is no jump
+    assert worst_rise([4.0]) == 0
+
+
+FALLING = [5.0, 4.7, 4.5, 4.3, 4.2, 4.1, 4.0]
+
+
+def shifted(by):
+    return [loss + by for loss in FALLING]
+
+
+def test_sound_runs_pass_at_whatever_level_their_arm_is_trained_to():
+    assert diverged({"undefended": [FALLING, shifted(0.1)], "PPS": [shifted(1.5), shifted(1.4)]}) == {}
+    assert diverged({"alone": [FALLING]}) == {}
+
+
+def test_a_run_that_ends_elsewhere_than_its_group_is_found():
+    ends_high = [*FALLING[:4], 4.6, 4.7, 4.7]
+    assert diverged({"a": [FALLING, shifted(0.05), ends_high], "b": [FALLING] * 3}) == {"a": [2]}
+    assert diverged({"a": [FALLING, ends_high]}) == {"a": [0, 1]}  # of two, neither is the right one
+    assert diverged({"a": [FALLING, shifted(0.05), ends_high]}, within=0.6) == {}
+
+
+def test_a_run_whose_loss_jumps_is_found_even_alone_and_even_if_it_recovers():
+    jumps = [5.0, 4.5, 4.2, 5.6, 5.6, 4.8, 4.3, 4.1, 4.0, 4.0]
+    assert diverged({"alone": [jumps], "other": [FALLING]}) == {"alone": [0]}
+    assert diverged({"alone": [jumps]}, rise=2.0) == {}
+
+
+def test_what_a_seed_adds_to_every_arm_alike_is_no_sign():
+    seeds = (0, 0, 0.6, 0, 0)
+    arms = {name: [shifted(level + seed) for seed in seeds] for name, level in (("a", 0), ("b", 1), ("c", -1))}
+    assert diverged(arms) == {}
+    assert diverged({"a": arms["a"]}) == {"a": [2]}  # alone, it cannot be told from a run that failed
+    arms["b"][1] = shifted(1.3)
+    assert diverged(arms) == {"b": [1]}
