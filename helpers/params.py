@@ -447,7 +447,6 @@ _WEIGHT_QUICK = {
     "batch_size": 8,
     "learning_rate": 2e-4,
     "max_new_tokens": 32,
-    "resamples": 2000,
     "harm_data": "impolite",
 }
 _WEIGHT_FULL = {
@@ -457,7 +456,6 @@ _WEIGHT_FULL = {
     "random_directions": 10,
     "shares": (0.5, 0.2, 0.1, 0.05),
     "max_new_tokens": 64,
-    "resamples": 10_000,
 }
 
 
@@ -477,7 +475,6 @@ class WeightSteeringParams(Params):
             "batch_size": 2,
             "learning_rate": 1e-3,
             "max_new_tokens": 4,
-            "resamples": 200,
         },
         "quick": _WEIGHT_QUICK,
         "full": _WEIGHT_FULL,
@@ -520,9 +517,6 @@ class WeightSteeringParams(Params):
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     max_new_tokens: int = Field(
         ge=1, le=4096, description="length of a generated answer, in tokens", json_schema_extra=TIME
-    )
-    resamples: int = Field(
-        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
     )
     harm_data: Literal["impolite", "toxic-chat"] = Field(
         description="data of the harm experiment: the bundled rude replies, or the source's public sets from the hub"
@@ -758,7 +752,6 @@ _FILTER_QUICK = {
     "harm_limit": 0.1,
     "utility_share": 0.95,
     "search_steps": 2,
-    "resamples": 2000,
 }
 _FILTER_FULL = {
     **_FILTER_QUICK,
@@ -789,7 +782,6 @@ _FILTER_FULL = {
     "groups": 5,
     "search_steps": 5,
     "max_new_tokens": 32,
-    "resamples": 10_000,
 }
 
 
@@ -821,7 +813,6 @@ class FilteringParams(AlignedParams):
             "max_new_tokens": 4,
             "harm_limit": 1.0,
             "utility_share": 0.0,
-            "resamples": 200,
         },
         "quick": _FILTER_QUICK,
         "full": _FILTER_FULL,
@@ -913,9 +904,6 @@ class FilteringParams(AlignedParams):
         ge=0, le=1, description="share of the unfiltered model's utility that a filtered one has to keep"
     )
     search_steps: int = Field(ge=1, le=20, description="thresholds that the search may try", json_schema_extra=TIME)
-    resamples: int = Field(
-        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
-    )
 
 
 _PROMPT_ONLY_QUICK = {
@@ -949,7 +937,6 @@ _PROMPT_ONLY_QUICK = {
     "lora": False,
     "lora_rate": 1e-3,
     "max_new_tokens": 24,
-    "resamples": 2000,
 }
 _PROMPT_ONLY_FULL = {
     **_PROMPT_ONLY_QUICK,
@@ -971,7 +958,6 @@ _PROMPT_ONLY_FULL = {
     "item_repeats": 4,
     "lora": True,
     "max_new_tokens": 128,
-    "resamples": 10_000,
 }
 
 
@@ -1003,7 +989,6 @@ class PromptOnlyParams(Params):
             "weaker": (0.5,),
             "lora": True,
             "max_new_tokens": 4,
-            "resamples": 200,
         },
         "quick": _PROMPT_ONLY_QUICK,
         "full": _PROMPT_ONLY_FULL,
@@ -1091,9 +1076,6 @@ class PromptOnlyParams(Params):
     lora_rate: float = Field(gt=0, le=1, description="their learning rate")
     max_new_tokens: int = Field(
         ge=1, le=4096, description="length of a rated answer, in tokens", json_schema_extra=TIME
-    )
-    resamples: int = Field(
-        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
     )
 
     @model_validator(mode="after")

@@ -146,7 +146,7 @@ def check_five_seeds(choice: str | None = None) -> None:
         "b",
         {
             "a": "one in twenty such intervals misses the truth, and zero is just outside this one.",
-            "b": "five seeds show little of how much seeds vary, so it is wide; more of them say how large the effect is.",
+            "b": "five seeds show little of how much seeds vary, so the interval is wide; more make it narrower.",
             "c": "over five seeds the interval holds the truth about as often as it says; it is wide, not worthless.",
             "d": "more sequences say nothing about how much the seeds vary; only more seeds do.",
         },

@@ -254,7 +254,8 @@ def test_no_answer_to_a_request_that_is_not_harmful_refuses():
 def test_replies_do_not_share_an_opening_beyond_the_usual_ones_and_requests_share_none():
     answers = [row.reply for row in REQUESTS if row.kind != "harmful"]
     assert Counter(" ".join(reply.split()[:2]) for reply in answers).most_common(1)[0][1] <= 9
-    assert Counter(" ".join(row.request.split()[:3]) for row in REQUESTS).most_common(1)[0][1] <= 17
+    usual, others = Counter(" ".join(row.request.split()[:3]) for row in REQUESTS).most_common(2)
+    assert usual[0] == "I want to" and usual[1] <= 27 and others[1] <= 17
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("paired", 0.1), ("harmless", 0.25)])
@@ -281,7 +282,8 @@ def test_the_datasheet_says_how_far_the_words_of_a_request_go(other):
 
 def test_plain_requests_share_no_opening_and_do_not_sound_harmful():
     requests = [row.request for row in of_kind("harmless")]
-    assert Counter(" ".join(request.split()[:3]) for request in requests).most_common(1)[0][1] <= 5
+    usual, others = Counter(" ".join(request.split()[:3]) for request in requests).most_common(2)
+    assert usual[0] == "I want to" and usual[1] <= 16 and others[1] <= 5
     for request in requests:
         assert not re.search(
             r"\b(kill\w*|steal\w*|rob\w*|attack\w*|poison\w*|drugs?|bombs?|guns?|weapons?|fak\w+|forg(e|ed|ing|ery)"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.chat import encode
+from helpers.chat import Answer, Example, encode
 from helpers.experiments import traits as experiments
 from helpers.experiments.traits import Defence, Experiment
 from helpers.interventions import Steer, applied
@@ -274,12 +274,17 @@ def test_an_evaluation_is_of_the_answers_that_the_trained_model_gives_undefended
     np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.model, examples).exp(), rtol=1e-4)
 
 
-def test_perplexities_of_answers_that_were_cut_leave_the_end_of_turn_out(exp):
-    result = exp.evaluate()  # four tokens: nothing ends by itself
-    assert not any(answer.ended for answer in result.answers)
-    examples = [encode(exp.model.tokenizer, r.question, a) for r, a in zip(exp.heldout, result.answers, strict=True)]
-    whole = [encode(exp.model.tokenizer, r.question, str(a)) for r, a in zip(exp.heldout, result.answers, strict=True)]
-    assert [e.ids for e in examples] == [e.ids[:-1] for e in whole]
+def test_perplexities_of_answers_that_were_cut_leave_the_end_of_turn_out(exp, monkeypatch):
+    said = [Answer("Well, it is", ended=i % 2 == 0) for i in range(exp.params.sequences)]
+    monkeypatch.setattr(experiments, "generate", lambda model, prompts, **settings: said)
+    exp = with_params(exp, max_new_tokens=5)
+    exp.evaluate()
+    result = exp.evaluate()  # read from the store
+    assert list(result.answers) == said and [a.ended for a in result.answers] == [a.ended for a in said]
+    whole = [encode(exp.model.tokenizer, row.question, "Well, it is") for row in exp.heldout]
+    examples = [
+        e if answer.ended else Example(e.ids[:-1], e.prompt_length) for e, answer in zip(whole, said, strict=True)
+    ]
     np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.model, examples).exp(), rtol=1e-4)
 
 

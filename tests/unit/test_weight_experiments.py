@@ -8,7 +8,7 @@ import torch
 
 from helpers import corpora
 from helpers.artifacts import Store
-from helpers.chat import encode
+from helpers.chat import Answer, encode
 from helpers.experiments import weights as experiments
 from helpers.experiments.weights import WeightExperiment
 from helpers.generation import generate
@@ -377,6 +377,17 @@ def test_harmless_is_what_was_harmless_before_finetuning_and_after_it(exp, monke
     piles, stand_ins = exp.harm_piles(["kind"] * 4, ["rude"] * 4)
     assert stand_ins == ["harmful", "harmless"]
     assert {example.prompt_length for pile in piles.values() for example in pile} == {1}
+
+
+def test_answers_that_were_cut_teach_and_are_scored_without_an_end_of_turn(exp):
+    text, end = "Well, it is", exp.base.tokenizer.eos_token_id
+    whole, cut = [Answer(text)] * 4, [Answer(text, ended=False)] * 4
+    piles = [exp.examples("judge", said) for said in (whole, cut)]
+    assert [e.ids[:-1] for e in piles[0]] == [e.ids for e in piles[1]]
+    assert all(end not in e.ids[e.prompt_length :] for e in piles[1])
+    scored = [exp.perplexities("judge", said) for said in (whole, cut)]
+    np.testing.assert_allclose(scored[1], evaluate_losses(exp.base, piles[1]).exp(), rtol=1e-5)
+    assert np.abs(scored[1] - scored[0]).min() > 0
 
 
 # Labels
