@@ -69,7 +69,7 @@ def telling(exp, tmp_path, monkeypatch):
 
     def tell(model, prompts, **settings):
         total = sum(float((p.detach().double() * (i + 1)).sum()) for i, p in enumerate(model.hf.parameters()))
-        return [f"{total:.4f} {model.tokenizer.decode(p.ids[-12:])} {settings}" for p in prompts]
+        return [Answer(f"{total:.4f} {model.tokenizer.decode(p.ids[-12:])} {settings}") for p in prompts]
 
     monkeypatch.setattr(experiments, "generate", tell)
     other = copy.copy(exp)
