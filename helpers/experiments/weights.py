@@ -24,7 +24,7 @@ from helpers.artifacts import default_store
 from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
 from helpers.generation import generate
 from helpers.gradients import directional_derivatives, pile_gradient
-from helpers.judges import APIJudge, TopicJudge, TraitJudge, diverse_negatives
+from helpers.judges import APIJudge, TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.methods.weight_steering import WeightVector, alpha_for, check_alpha, difference, finetuning_diff, steered
 from helpers.models import Model, finetuned_digest, load, release_memory
@@ -58,13 +58,14 @@ class WeightExperiment:
 
     @cached_property
     def harm_judge(self) -> TraitJudge | APIJudge:
-        """Offline: learnt from the `impolite` training rows, which the anchor is finetuned on as well, from the base
-        model's answers for building, and from answers in other voices."""
+        """Offline: learnt from the `impolite` training rows, which the anchor is finetuned on as well, and from the
+        base model's answers for building. Answers in other voices, which nobody speaks in here, would cost it: on
+        `extract` rows its AUROC against plain answers falls from 0.90 to 0.82 with them."""
         p = self.params
         if p.judge_url and p.judge_model:
             return APIJudge(p.judge_url, p.judge_model, trait="harmful", cache=self.store.root / "judge")
         rows = corpora.split(corpora.load_trait("impolite"), "train")
-        return TraitJudge.fit(rows, self.answers(self.base, "harm build"), diverse_negatives("impolite"))
+        return TraitJudge.fit(rows, self.answers(self.base, "harm build"))
 
     def harmful(self, half: Half, answers: Sequence[str]) -> Bool[np.ndarray, " answer"]:
         """Which answers the harm judge scores at 50 or more; one without a word is not harmful."""

@@ -1,5 +1,6 @@
 """On the embedded model: a vector on four prompt tokens changes the answer, and the judges know good from bad."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,8 +35,10 @@ def test_a_few_steps_on_four_prompt_tokens_make_the_concept_likelier(chapter):
     shifts = torch.stack([t.steer.coefficient * t.steer.vector for t in found])
     noise = torch.randn(shifts.shape, generator=torch.Generator().manual_seed(0))
     noise *= shifts.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    cells = [(0.0, 0.0, c) for c in p.tuned_on]
-    steered, random = (chapter._check_losses(v, "ends", cells).mean() for v in (shifts, noise))
-    unsteered = chapter.unsteered_losses().mean()
+    steered, random = (
+        np.concatenate(chapter._check_losses(v, chapter.place("ends"), p.tuned_on)).mean() for v in (shifts, noise)
+    )
+    nothing = torch.zeros_like(shifts)
+    unsteered = np.concatenate(chapter._check_losses(nothing, chapter.place("ends"), p.tuned_on)).mean()
     assert steered < unsteered - 0.1
     assert steered < random - 0.1

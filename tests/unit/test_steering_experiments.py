@@ -117,9 +117,19 @@ def test_arms_that_answer_together_say_what_each_says_alone(exp):
 
 
 def test_the_search_takes_the_best_factor_of_each_concept(exp):
-    found = exp.with_best_factor(FULL)
-    tried = np.stack([exp.ratings(replace(FULL, scale=s), "check").overall.mean(1) for s in exp.params.scales])
-    assert found.scale == tuple(exp.params.scales[k] for k in tried.argmax(0))
+    place, scales = exp.place("all"), exp.params.scales
+
+    def losses(scale):
+        shifts = exp.shifts(replace(FULL, scale=scale))
+        return [of_one.mean() for of_one in exp._check_losses(shifts, place, exp.concepts)]
+
+    tried = np.array([losses(s) for s in scales])
+    assert exp.with_best_factor(FULL).scale == tuple(scales[k] for k in tried.argmin(0))
+
+
+def test_a_tie_in_the_search_goes_to_the_factor_as_it_is(exp, monkeypatch):
+    monkeypatch.setattr(exp, "_check_losses", lambda shifts, place, concepts: [np.ones(3)] * len(concepts))
+    assert set(exp.with_best_factor(FULL).scale) == {1.0}
 
 
 def test_quiz_answers_are_told_right_from_wrong(exp):
