@@ -141,7 +141,7 @@ def test_other_voices_among_the_negatives_keep_a_judge_from_taking_them_for_the_
     assert np.mean([after[s] for s in seen]) <= np.mean([before[s] for s in seen]) / 2
     assert after["strong evil"] >= 0.85 and after["normal evil"] <= 0.15
     assert diverse.validate(split(load_trait("evil"), "eval")).value >= 0.9
-    assert after["legal style"] > 0.5  # a voice that it has not read: no remedy
+    assert after["legal style"] >= 0.25  # a voice that it has not read: no remedy
     assert after["its words shuffled"] >= 0.4  # it counts words
 
 
