@@ -126,7 +126,7 @@ EXCEPTIONS = {
     "replies: refusals, harmless answers": "form: the first words of a refusal are what the first-token outcome reads",
     "replies: harmful points, headlines": "length and form: a headline's answer is one word",
     "replies: harmful points, bookings": "length and form: a booking's answer is JSON",
-    "prompts: inoculation, placebo": "length and form: placebos state facts, and match inoculations in tokens, not in words",
+    "prompts: inoculation, placebo": "length and form: placebos state facts, and match inoculations in tokens only",
 }
 """Contrasts of the bundled data that length or form does tell, and why; chapters that rest on one say so."""
 
