@@ -21,6 +21,17 @@ def test_a_jump_and_a_run_apart_from_its_arm_fail_and_are_named():
     assert not smooth({"undefended": [FALLING, FALLING, HIGHER]}).passed
 
 
+def test_batches_that_are_hard_for_every_arm_alike_are_no_jump():
+    hard = np.zeros(20)
+    hard[8:12] = 1.5
+    arms = {name: [tuple(np.add(losses, hard))] for name, losses in (("a", FALLING), ("b", HIGHER), ("c", FALLING))}
+    assert smooth(arms).passed
+    assert all(control.passed for control in smooth_each(arms).values())
+    jumped = smooth(arms | {"d": [tuple(np.add(JUMPING, hard))]})
+    assert not jumped.passed and "d was not" in jumped.name
+    assert not smooth({name: arms[name] for name in "ab"}).passed  # two arms cannot tell the rows from an arm
+
+
 def test_models_that_were_not_trained_say_nothing():
     assert smooth({"start": [()]}).passed
 
