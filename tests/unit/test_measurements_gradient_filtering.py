@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from helpers.findings import Control
 from helpers.measurements import gradient_filtering as measured
 from helpers.methods.gradient_filtering import Guess
 
 N = 200
 BAD = np.arange(N) < 40
 SEEDS = (0, 1, 2)
-SANE = Control("training is sane", 0.0, True, "validity")
+BEFORE = np.arange(60) < 6
 ALIKE = ["word " * (5 + i % 7) for i in range(N)]
 LONGER = ["word " * (30 if bad else 1) for bad in BAD]
 ONE, TWO = Guess(1.0, 0.0, (0.0,), (1.0,), (1.0,), None), Guess(1.0, 99.0, (0.0, 3.0), (1.0, 1.0), (0.5, 0.5), 1.0)
@@ -76,11 +75,12 @@ def outcomes(share, seed=0, n=60):
 ARMS = {"none": 0.8, "clean": 0.02, "FIHS": 0.0, "random": 0.8, "reversed": 0.9}
 
 
-def protection(sane=SANE, right=None, kept=0, without=(), **changed):
+def protection(before=BEFORE, right=None, kept=0, without=(), **changed):
     complied = {name: outcomes(p, i) for i, (name, p) in enumerate((ARMS | changed).items()) if name not in without}
-    right = {name: outcomes(p, 7) for name, p in (right or {"FIHS": 0.9, "clean": 0.9}).items()}
+    right = {name: outcomes(p, 7) for name, p in (dict.fromkeys(ARMS, 0.9) | (right or {})).items()}
     filtered = [complied["FIHS"]] if "FIHS" in complied else []
-    found = measured.protection(complied, right, filtered, harmful_kept=kept, harmful_points=11, seeds=SEEDS, sane=sane)
+    counts = {"harmful_kept": kept, "harmful_points": 11}
+    found = measured.protection(complied, right, filtered, **counts, seeds=SEEDS, right_before=before)
     return {m.claim.split(".")[1]: m for m in found}
 
 
@@ -105,10 +105,12 @@ def test_swapped_arms_and_data_without_harm_change_the_verdict(verdict_of, chang
     assert {claim: verdict_of(found[claim]) for claim in claims} == claims
 
 
-def test_lost_utility_and_insane_training_are_noticed(verdict_of):
+def test_lost_utility_and_models_that_did_not_learn_the_task_are_noticed(verdict_of):
     assert verdict_of(protection(right={"FIHS": 0.2, "clean": 0.9})["utility-kept"]) == "contradicted"
-    broken = protection(Control("training is sane", 1.0, False, "validity"))
-    assert {verdict_of(m) for m in broken.values()} == {"invalid"}
+    unlearnt = protection(right={"none": 0.05})
+    assert {verdict_of(m) for name, m in unlearnt.items() if name != "utility-kept"} == {"invalid"}
+    assert verdict_of(unlearnt["utility-kept"]) == "reproduced"
+    assert {verdict_of(m) for m in protection(before=np.ones(60, bool)).values()} == {"invalid"}
 
 
 def test_a_filter_that_was_left_out_is_not_judged_and_what_passes_the_filter_is_said(verdict_of):
