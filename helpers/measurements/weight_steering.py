@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from helpers.findings import NOT_MEASURED, Control, Measurement
-from helpers.statistics import mean_estimate, share
+from helpers.statistics import Estimate, mean_estimate
 
 Labels = Bool[np.ndarray, "seed question"]
 OneRun = Bool[np.ndarray, " question"]
@@ -68,6 +68,7 @@ def topic(
         abs(by_chance.value) < own.mean() / 2,
     )
     effect, dealt = shuffled
+    beyond = (effect - dealt.mean()) / dealt.std()
     return (
         Measurement(
             f"weights.{name}-minus-raises",
@@ -80,7 +81,12 @@ def topic(
             [meaningless],
         ),
         Measurement(f"weights.{name}-specific", mean_estimate(own - swing(other["minus"], other["plus"]), seeds=seeds)),
-        Measurement(f"weights.{name}-beats-shuffled", share(int((dealt >= effect).sum()), dealt.size)),
+        # The values that a test at 5% against the deals, moved by a constant, does not reject. The share of deals that
+        # do as much would be anywhere between 0 and 1 where there is nothing.
+        Measurement(
+            f"weights.{name}-beats-shuffled",
+            Estimate(beyond, *(beyond - np.quantile(dealt - dealt.mean(), [0.975, 0.025]) / dealt.std()), dealt.size),
+        ),
     )
 
 
