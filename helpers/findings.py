@@ -543,7 +543,7 @@ def _estimate_record(estimate: Estimate | float) -> dict[str, Any]:
 def _uncapped(sentence: str) -> str:
     """A sentence as it follows a colon; abbreviations and names keep their capitals."""
     head = sentence.split(" ", 1)[0]
-    return sentence if len(head) < 2 or not head[1:].islower() else sentence[0].lower() + sentence[1:]
+    return sentence[0].lower() + sentence[1:] if head == "A" or head[1:].islower() else sentence
 
 
 def _number(value: float) -> str:

@@ -68,7 +68,8 @@ def topic(
         abs(by_chance.value) < own.mean() / 2,
     )
     effect, dealt = shuffled
-    beyond = (effect - dealt.mean()) / dealt.std()
+    beyond, deals = (effect - dealt.mean()) / dealt.std(), (dealt - dealt.mean()) / dealt.std()
+    low, high = beyond - np.quantile(deals, [0.975, 0.025])
     return (
         Measurement(
             f"weights.{name}-minus-raises",
@@ -83,10 +84,7 @@ def topic(
         Measurement(f"weights.{name}-specific", mean_estimate(own - swing(other["minus"], other["plus"]), seeds=seeds)),
         # The values that a test at 5% against the deals, moved by a constant, does not reject. The share of deals that
         # do as much would be anywhere between 0 and 1 where there is nothing.
-        Measurement(
-            f"weights.{name}-beats-shuffled",
-            Estimate(beyond, *(beyond - np.quantile(dealt - dealt.mean(), [0.975, 0.025]) / dealt.std()), dealt.size),
-        ),
+        Measurement(f"weights.{name}-beats-shuffled", Estimate(float(beyond), float(low), float(high), dealt.size)),
     )
 
 

@@ -102,6 +102,16 @@ def test_the_sentence_of_a_claim_is_chosen_by_its_verdict(tmp_path):
         assert said.startswith(opening) and f"0.95 [{low}, 1]" in said and "n = 20, one seed" in said
 
 
+@pytest.mark.parametrize(
+    ("statement", "within"),
+    [("A step helps.", "a step helps."), ("It rises.", "it rises."), ("FIHS rises.", "FIHS rises.")],
+)
+def test_a_statement_after_a_colon_begins_as_a_sentence_goes_on(tmp_path, statement, within):
+    findings = run(tmp_path)
+    findings.claims = {"a.rises": ABOVE.model_copy(update={"statement": statement})}
+    assert findings.sentence("a.rises").startswith(f"Not judged: {within} ")
+
+
 def test_a_random_model_is_never_judged():
     assert verdict(ABOVE, Estimate(1.0, 0.9, 1.0, 20), preset="tiny")[0] == "not judged"
 
