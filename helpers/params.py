@@ -191,9 +191,6 @@ class TraitParams(Params):
     max_new_tokens: int = Field(
         ge=1, le=4096, description="length of a generated answer, in tokens", json_schema_extra=TIME
     )
-    resamples: int = Field(
-        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
-    )
 
     @classmethod
     def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +233,6 @@ class LookingInsideParams(Params):
             "questions": 2,
             "max_new_tokens": 4,
             "draws": 20,
-            "resamples": 200,
         },
         "quick": {
             "model": "smollm2-135m-instruct",
@@ -247,7 +243,6 @@ class LookingInsideParams(Params):
             "questions": 12,
             "max_new_tokens": 24,
             "draws": 4000,
-            "resamples": 2000,
         },
         "full": {
             "model": "smollm2-135m-instruct",
@@ -258,7 +253,6 @@ class LookingInsideParams(Params):
             "questions": 32,
             "max_new_tokens": 64,
             "draws": 10_000,
-            "resamples": 2000,
         },
         "paper": {
             "model": "Qwen/Qwen2.5-7B-Instruct",
@@ -269,7 +263,6 @@ class LookingInsideParams(Params):
             "questions": 32,
             "max_new_tokens": 64,
             "draws": 10_000,
-            "resamples": 2000,
         },
     }
 
@@ -286,9 +279,6 @@ class LookingInsideParams(Params):
     )
     draws: int = Field(
         ge=20, le=1_000_000, description="times that the planted truth is measured anew", json_schema_extra=LITTLE
-    )
-    resamples: int = Field(
-        ge=100, le=1_000_000, description="bootstrap resamples behind an interval", json_schema_extra=LITTLE
     )
 
     @model_validator(mode="after")
@@ -312,7 +302,6 @@ _TINY = {
     "learning_rate": 1e-3,
     "lora_rank": 4,
     "max_new_tokens": 4,
-    "resamples": 200,
 }
 _QUICK = {
     "model": "smollm2-135m-instruct",
@@ -328,14 +317,12 @@ _QUICK = {
     "learning_rate": 3e-4,
     "lora_rank": 32,
     "max_new_tokens": 32,
-    "resamples": 2000,
 }
 _FULL = {
     **_QUICK,
     "seeds": (0, 1, 2, 3, 4),
     "coefficients": (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
     "steps": 27,
-    "resamples": 10_000,
 }
 # The authors' layer 20 counts the embeddings as 0: it is the output of block 19.
 _PAPER = {

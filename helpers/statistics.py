@@ -143,26 +143,28 @@ def _wilson(value: float, count: float, quantile: float) -> tuple[float, float]:
     return centre - reach, centre + reach
 
 
-def bootstrap(
-    statistic: Callable[..., float], *samples: Array, seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> Estimate:
-    """`statistic(*samples)` with a percentile interval; the rows of all samples are resampled together.
+def jackknife(statistic: Callable[..., float], *samples: Array, ratio: bool = False, level: float = 0.95) -> Estimate:
+    """`statistic(*samples)` with a jackknife interval: row by row, what leaving it out of all samples changes.
 
-    For what has no closed form, such as a ratio of variances. Where resampling changes nothing, the interval is the
-    rounding of bfloat16.
+    For what has no closed form, such as how many directions carry some rows; a bootstrap would not do for these, since
+    a resample holds rows twice and so shows fewer directions than there are. With t quantiles; a `ratio` of positive
+    numbers is treated on the log scale. Where no row changes anything, the interval is the rounding of bfloat16.
+
+    Raises `ValueError` for samples of different lengths, or of fewer than two rows.
     """
     n = len(samples[0])
-    if any(len(sample) != n for sample in samples):
-        raise ValueError(f"Samples resampled together must be equally long; got {[len(s) for s in samples]} rows.")
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(n, size=n) for _ in range(resamples)]
-    found = np.array([statistic(*(sample[rows] for sample in samples)) for rows in drawn])
+    if n < 2 or any(len(sample) != n for sample in samples):
+        raise ValueError(
+            f"A jackknife needs equally long samples of two rows or more; got {[len(s) for s in samples]}."
+        )
+    of, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
     value = float(statistic(*samples))
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    left_out = np.array([of(statistic(*(np.delete(sample, i, 0) for sample in samples))) for i in range(n)])
+    error = np.sqrt((n - 1) * left_out.var())
     least = max(abs(value), ROUNDING) * ROUNDING
-    if high - low < 2 * least:
-        low, high = min(low, value - least), max(high, value + least)
-    return Estimate(value, float(low), float(high), n, level)
+    reach = stats.t.ppf((1 + level) / 2, n - 1) * error
+    low, high = back(of(value) - reach), back(of(value) + reach)
+    return Estimate(value, min(float(low), value - least), max(float(high), value + least), n, level)
 
 
 def share(successes: int | np.integer, n: int | np.integer, *, level: float = 0.95) -> Estimate:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from helpers.findings import Control, Measurement
-from helpers.statistics import bootstrap, mean_estimate, share
+from helpers.statistics import jackknife, mean_estimate, share
 
 Losses = Float[np.ndarray, " question"]
 Scores = Float[np.ndarray, "seed question"]
@@ -71,19 +71,16 @@ def diffuseness(
     ip: Float[np.ndarray, "question d_model"],
     pps: Float[np.ndarray, "question d_model"],
     placebo: Float[np.ndarray, "question d_model"],
-    *,
-    seed: int,
-    resamples: int,
 ) -> Measurement:
     """What each defence changes in the mean gradient of each question: participation ratios, IP against PPS."""
 
     def ratio(first: np.ndarray, second: np.ndarray) -> float:
         return participation_ratio(first) / participation_ratio(second)
 
-    to_placebo = bootstrap(ratio, ip, placebo, seed=seed, resamples=resamples)
+    to_placebo = jackknife(ratio, ip, placebo, ratio=True)
     return Measurement(
         "ip.diffuse-gradient-difference",
-        bootstrap(ratio, ip, pps, seed=seed, resamples=resamples),
+        jackknife(ratio, ip, pps, ratio=True),
         [
             Control(
                 "what a placebo changes is less diffuse (participation ratio, IP divided by placebo)",

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from helpers.findings import NOT_MEASURED, Control, Measurement
 from helpers.measurements.nulls import rarely
-from helpers.statistics import bootstrap, mean_estimate, rank_correlation, share
+from helpers.statistics import jackknife, mean_estimate, rank_correlation, share
 
 Cosines = Float[np.ndarray, " sequence"]
 Outcomes = Float[np.ndarray, "seed question"]
@@ -61,16 +61,13 @@ def concentration(
     ip: Float[np.ndarray, "sequence d_model"],
     vector: Float[np.ndarray, " d_model"],
     directions: Float[np.ndarray, "direction d_model"],
-    *,
-    seed: int,
-    resamples: int,
 ) -> Measurement:
     """What each defence changes in the mean gradients; `directions` are thousands of meaningless unit vectors."""
     first = np.linalg.svd(pps, full_matrices=False)[2][0]
     alignment = abs(float(first @ vector) / float(np.linalg.norm(vector)))
     return Measurement(
         "pps.concentrated-gradient-difference",
-        bootstrap(lambda one, other: first_share(one) - first_share(other), pps, ip, seed=seed, resamples=resamples),
+        jackknife(lambda one, other: first_share(one) - first_share(other), pps, ip),
         [rarely("meaningless directions as near to PPS's first component", np.abs(directions @ first), alignment)],
     )
 

@@ -5,7 +5,7 @@ from scipy import stats
 from helpers.statistics import (
     auroc,
     auroc_difference,
-    bootstrap,
+    jackknife,
     mean_estimate,
     rank_correlation,
     share,
@@ -82,9 +82,39 @@ def test_no_sample_however_constant_has_an_interval_without_width(size, rows, va
     for table in (np.full((rows, size), value), nearly):
         found = mean_estimate(table)
         assert found.low < found.high and found.low <= found.value <= found.high
-    rows_of = np.full(size, value)
-    resampled = bootstrap(np.mean, rows_of, resamples=50)
-    assert resampled.low < resampled.high
+    left_out = jackknife(np.mean, np.full(size, value))
+    assert left_out.low < left_out.value < left_out.high
+
+
+def test_the_jackknife_of_a_mean_is_its_t_interval():
+    sample = np.random.default_rng(0).normal(3.0, 1.0, 20)
+    found, known = jackknife(np.mean, sample), stats.ttest_1samp(sample, 0.0).confidence_interval()
+    assert (found.value, found.low, found.high) == pytest.approx((sample.mean(), known.low, known.high))
+    assert jackknife(np.mean, sample, ratio=True).low > found.low, "wider above than below, on the log scale"
+
+
+def participation(rows):
+    squares = np.linalg.svd(rows, compute_uv=False) ** 2
+    return squares.sum() ** 2 / (squares**2).sum()
+
+
+def test_the_jackknife_covers_how_many_directions_samples_of_this_size_show():
+    """A bootstrap's interval lies below: it covers this never."""
+
+    def rows(rng):
+        return rng.standard_normal((32, 60)) * np.repeat([1.0, 0.1], [20, 40])
+
+    usual = np.mean([participation(rows(np.random.default_rng(i))) for i in range(1000, 1400)])
+    covered = coverage(
+        lambda rng, _: (e := jackknife(participation, rows(rng), ratio=True)).low <= usual <= e.high, 300
+    )
+    assert covered == pytest.approx(0.95, abs=0.05)
+
+
+def test_samples_that_do_not_pair_have_no_jackknife():
+    for samples in ((np.zeros(3), np.zeros(4)), (np.zeros(1),)):
+        with pytest.raises(ValueError, match="equally long samples of two rows"):
+            jackknife(lambda *_: 0.0, *samples)
 
 
 def test_ones_alone_are_as_uncertain_as_an_exact_share():
