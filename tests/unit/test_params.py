@@ -34,7 +34,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one():
         ({"trait": "pirat"}, "did you mean 'pirate'"),
         ({"other_traits": ["evil"]}, "contains the trait itself"),
         ({"seeds": []}, "at least 1 item"),
-        ({"seeds": "[0, 0]"}, "differ from each other"),
+        ({"seeds": "[0, 0]"}, "name each value once"),
         ({"seeds": "[0, x]"}, r"write it as \[0, 1\]"),
         ({"layer": 30}, "has 0 to 29"),
         ({"model": "tiny-random", "layer": 0}, "names layer 3, but 'tiny-random' has 0 to 1"),
