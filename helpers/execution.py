@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from helpers.files import check_writable, replace_text
 from helpers.machine import check_machine
-from helpers.params import PROJECT, UNTAGGED, ParameterError, Params, params_of, shortened
+from helpers.params import PROJECT, UNTAGGED, Params, params_of, shortened
 from helpers.progress import LINES
 
 PATIENCE = 600
@@ -81,7 +81,9 @@ def _read(notebook: Path) -> tuple[type[Params], Any]:
     cells = [cell for cell in source.cells if cell.cell_type == "code"]
     tagged = [i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
-        raise ExecutionError(f"No code cell of {shown} is tagged `parameters`, so it would run as the preset: {UNTAGGED}")
+        raise ExecutionError(
+            f"No code cell of {shown} is tagged `parameters`, so it would run as the preset: {UNTAGGED}"
+        )
     if not any(".from_notebook(" in cell.source for cell in cells[tagged[0] :]):
         raise ExecutionError(
             f"No cell of {shown} after that with the parameters reads them: add one with "
@@ -142,7 +144,7 @@ def _alone(output: Path, results: Path) -> Iterator[None]:
                 raise ExecutionError(
                     f"Nothing can be written beside {os.path.relpath(path)} ({error.strerror or error})."
                 ) from None
-            stack.callback(lambda lock=lock: Path(lock.lock_file).unlink(missing_ok=True))
+            stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
         yield
 
 

@@ -39,7 +39,9 @@ def _check_device(device: str) -> None:
 
     if device == "mps":
         if not torch.backends.mps.is_available():
-            raise ParameterError("Parameter 'device' is 'mps', but this machine has no Apple GPU: take 'auto' or 'cpu'.")
+            raise ParameterError(
+                "Parameter 'device' is 'mps', but this machine has no Apple GPU: take 'auto' or 'cpu'."
+            )
         return
     count = torch.cuda.device_count()
     if int(device.partition(":")[2] or 0) >= count:

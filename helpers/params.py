@@ -99,7 +99,9 @@ class Params(BaseModel):
     def __init__(self, **given: Any) -> None:
         for name in given:
             if name not in type(self).model_fields:
-                raise ParameterError(f"There is no parameter {shortened(name)}{_nearest(name, type(self).model_fields)}")
+                raise ParameterError(
+                    f"There is no parameter {shortened(name)}{_nearest(name, type(self).model_fields)}"
+                )
         try:
             super().__init__(**self._complete(given))
         except ValidationError as error:
@@ -701,10 +703,10 @@ class RefusalParams(AlignedParams):
     @model_validator(mode="after")
     def _enough(self) -> "RefusalParams":
         if self.data == "bundled":
-            for split, names in (("test", ("start_requests", "requests")), ("train", ("prompts",))):
-                there = min(len(corpora.load_refusal(kind, split)) for kind in ("harmful", "harmless"))
-                for name in names:
-                    _check_count(name, getattr(self, name), there, "bundled requests of each kind")
+            test = min(len(corpora.load_refusal(kind, "test")) for kind in ("harmful", "harmless"))
+            train = min(len(corpora.load_refusal(kind, "train")) for kind in ("harmful", "harmless"))
+            for name, there in (("start_requests", test), ("requests", test), ("prompts", train)):
+                _check_count(name, getattr(self, name), there, "bundled requests of each kind")
         _check_count("scored_on", self.scored_on, self.prompts, "requests behind a direction ('prompts')")
         return self
 
@@ -1156,7 +1158,9 @@ class PromptOnlyParams(Params):
                 raise ParameterError(f"There is no concept {shortened(concept)}{_nearest(concept, known)}")
             _check_count("means_of", self.means_of, rows, f"training pairs of {concept!r}")
         for place in self.places:
-            if place not in ("all", "prompt", "ends", "random", "user words") and not re.fullmatch(r"ends \d{1,3} \d{1,3}", place):
+            if place not in ("all", "prompt", "ends", "random", "user words") and not re.fullmatch(
+                r"ends \d{1,3} \d{1,3}", place
+            ):
                 raise ParameterError(
                     f"There is no place {shortened(place)}: use prompt, random, user words, or 'ends P S' such as "
                     "'ends 2 2'."
@@ -1184,7 +1188,9 @@ CHAPTERS: Mapping[str, type[Params]] = {
 def params_of(chapter: str) -> type[Params]:
     """The parameter class of a chapter, by the notebook's name without suffix."""
     if chapter not in CHAPTERS:
-        raise ParameterError(f"There is no chapter {shortened(chapter)} in helpers/params.py{_nearest(chapter, CHAPTERS)}")
+        raise ParameterError(
+            f"There is no chapter {shortened(chapter)} in helpers/params.py{_nearest(chapter, CHAPTERS)}"
+        )
     return CHAPTERS[chapter]
 
 

@@ -13,9 +13,12 @@ less than a second says nothing.
 import sys
 import time
 import uuid
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 LINES = 60
 """Seconds between two lines in a log file."""
@@ -27,6 +30,14 @@ def progress(total: int | None, label: str, unit: str = "step") -> "tqdm[Any]":
     """A context manager whose `update` is called after each of `total` steps."""
     kind = _InNotebook if _shell() is not None else tqdm if sys.stderr.isatty() else _InLog
     return kind(total=total, desc=label, unit=unit, leave=False, delay=1, mininterval=0.5, dynamic_ncols=True)
+
+
+def watched(items: Sequence[T], label: str, unit: str = "step") -> Iterator[T]:
+    """The items one after another, showing how many are done."""
+    with progress(len(items), label, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def _shell() -> Any:
