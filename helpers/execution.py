@@ -236,8 +236,9 @@ class Watch:
         if not self.lines:
             from tqdm import tqdm
 
+            form = "{desc}: cell {n_fmt} of {total_fmt}, {elapsed}{postfix}"
             self._bar = tqdm(
-                total=len(notebook.cells), desc=self.name, unit="cell", leave=False, dynamic_ncols=True, delay=1
+                total=len(notebook.cells), desc=self.name, leave=False, dynamic_ncols=True, bar_format=form
             )
 
     def start(self, cell: Any, index: int) -> None:
@@ -245,7 +246,7 @@ class Watch:
         self.cell = cell
         self.inside("")
         if self._bar is not None:
-            self._bar.update(index - self._bar.n)
+            self._bar.update(index + 1 - self._bar.n)
 
     def inside(self, line: str) -> None:
         """How far the cell is, in a line of its own making (`helpers.progress`)."""

@@ -6,7 +6,7 @@
             bar.update()
 
 In a notebook it is a line under the cell that is gone at the end, so no page keeps it; `python -m helpers execute`
-shows it beside the number of the cell. In a terminal it is tqdm's bar, and in a log file a line a minute. What takes
+shows it after the number of the cell. In a terminal it is tqdm's bar, and in a log file a line a minute. What takes
 less than a second says nothing.
 """
 
@@ -66,7 +66,8 @@ class _Elsewhere(tqdm):
     """tqdm whose line goes to `show` and not to a terminal; an empty line ends it."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{**settings, "file": _Silent(), "ncols": 70, "dynamic_ncols": False})
+        far = "{n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}" if settings["total"] else "{elapsed}"
+        super().__init__(**{**settings, "file": _Silent(), "bar_format": f"{{desc}}: {far}"})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         self.show(str(self) if msg is None else msg)
