@@ -43,6 +43,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: if they cannot; the message is a clause that says why.
     """
+    if "\0" in str(folder):
+        raise OSError("it holds a null byte")
     below = folder
     while not os.path.lexists(below) and below != below.parent:
         if len(os.fsencode(below.name)) > 255:

@@ -4,7 +4,7 @@
 imported for a GPU only, so the checks take no time.
 """
 
-import contextlib
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def check_machine(params: Params) -> None:
     _check_device(params.device)
     try:
         check_writable(params.folder)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except OSError as error:
         where = shortened(params.results or str(params.folder))
         raise ParameterError(f"Parameter 'results' is {where}, but {error}: name another folder.") from None
 
@@ -55,11 +55,10 @@ def _check_model(parameter: str, name: str) -> None:
         return
     start = f"Parameter {parameter!r} is {shortened(name)}, but"
     known = ", ".join(KNOWN_LAYERS)
-    with contextlib.suppress(OSError, ValueError):  # a name too long for a folder is none
-        if Path(name).is_dir():
-            if not Path(name, "config.json").is_file():
-                raise ParameterError(f"{start} that folder holds no config.json, so it is no model's.")
-            return
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ParameterError(f"{start} that folder holds no config.json, so it is no model's.")
+        return
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ParameterError(f"{start} there is no such folder, seen from {Path.cwd()}: give it whole.")
     near = get_close_matches(name.lower(), KNOWN_LAYERS, n=1, cutoff=0.7)

@@ -1251,7 +1251,9 @@ def _listed(value: Any) -> Any:
         if not text.startswith(("[", "(")):
             return [part.strip() for part in text.split(",")]
         try:
-            return json.loads(f"[{text[1:-1].rstrip().removesuffix(',')}]" if text.startswith("(") else text)
+            if text.startswith("(") and text.endswith(")"):
+                text = f"[{text[1:-1].rstrip().removesuffix(',')}]"
+            return json.loads(text)
         except (ValueError, RecursionError):  # besides bad JSON: numbers of thousands of digits, and deep nesting
             raise ParameterError(f'{shortened(value)} is no list: write it as [0, 1] or ["a", "b"].') from None
     return [value] if isinstance(value, int | float) else value
