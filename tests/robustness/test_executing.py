@@ -125,7 +125,6 @@ def test_a_bad_parameter_is_one_sentence_before_a_kernel_starts(case, tmp_path, 
     [
         ("04_refusal_redistribution", "requests", "61", "there are 60 bundled requests"),
         ("04_refusal_redistribution", "prompts", "1000", "there are 297 bundled requests"),
-        ("04_refusal_redistribution", "scored_on", "5", "'scored_on' is 5, but there are 4"),
         ("04_refusal_redistribution", "batch_size", "5", "multiple of 2"),
         ("04_refusal_redistribution", "sentiment_model", "no-such-model", "not in the local cache"),
         ("05_fihs_filtering", "tasks", "headlines,headlines", "each value once"),

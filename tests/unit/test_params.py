@@ -149,3 +149,7 @@ def test_the_results_folder_is_the_project_s_unless_it_is_given_whole():
     assert InoculationParams(preset="tiny").folder == PROJECT / "results" / "tiny" / InoculationParams.chapter
     assert InoculationParams(results="results/mine").folder == PROJECT / "results" / "mine"
     assert str(InoculationParams(results="/tmp/mine").folder) == "/tmp/mine"
+
+
+def test_a_direction_is_scored_on_no_more_requests_than_there_are_and_the_record_says_so():
+    assert params_of("04_refusal_redistribution")(preset="tiny", prompts=3, scored_on=9).scored_on == 3
