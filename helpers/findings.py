@@ -16,10 +16,8 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ import yaml
 from IPython.display import Markdown
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from helpers.files import replace_text
 from helpers.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -496,7 +495,7 @@ class Findings:
         if not records:
             raise FindingError(f"The table {name!r} has no rows; pass the numbers that the figure shows.")
         path = self.folder / f"{name}.csv"
-        _write(path, _csv(records))
+        replace_text(path, _csv(records))
         return path
 
     def save(self) -> Path:
@@ -506,9 +505,9 @@ class Findings:
         """
         origin = self.provenance.record()
         found = [self.found[claim.id].record() for claim in self._chapter_claims() if claim.id in self.found]
-        _write(self.folder / "provenance.json", _json(origin))
-        _write(self.folder / "findings.csv", _csv(_csv_rows(found)))
-        _write(self.folder / "findings.json", _json({**origin, "findings": found, "glued": self.glued}))
+        replace_text(self.folder / "provenance.json", _json(origin))
+        replace_text(self.folder / "findings.csv", _csv(_csv_rows(found)))
+        replace_text(self.folder / "findings.json", _json({**origin, "findings": found, "glued": self.glued}))
         return self.folder
 
     def _chapter_claims(self) -> list[Claim]:
@@ -583,19 +582,3 @@ def _csv(records: Sequence[Mapping[Any, Any]]) -> str:
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as part:
-        part.write(text)
-        part.flush()
-        os.fsync(part.fileno())
-    try:
-        os.replace(part.name, path)
-    except OSError:
-        os.unlink(part.name)
-        raise

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
-from tqdm import tqdm
 
 from helpers.chat import Answer, Example, batches, end_of_turn, shared_start
 from helpers.interventions import Intervention, alike, applied
 from helpers.models import Model, chosen_rows
+from helpers.progress import progress
 
 
 @torch.inference_mode()
@@ -49,13 +50,14 @@ def generate(
     # The prompt's last position is a strided view of the stream, for which torch copies the whole output matrix once a
     # sequence: gigabytes, and a quarter of the time.
     packed = model.hf.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-    with packed, applied(model, *interventions), model.weights_in(model.dtype):
+    with packed, applied(model, *interventions), model.weights_in(model.dtype), contextlib.ExitStack() as shown:
         todo = batches(rest, batch_size, model.tokenizer.pad_token_id, side="left")
         start = None
         if kinds is not None and shared:
             rows = [kinds.index(kind) for kind in range(max(kinds) + 1)]
             start = model.read_start(prompts[0].ids[:shared], rows).past_key_values
-        for batch in tqdm(todo, desc=label, leave=False, unit="batch", disable=len(todo) < 2):
+        bar = shown.enter_context(progress(len(prompts), label, "answer"))
+        for batch in todo:
             batch = batch.to(model.device)
             ids, mask = batch.ids, batch.attention.long()
             cache = {}
@@ -78,4 +80,5 @@ def generate(
             ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(1).tolist()
             for row, text, by_itself in zip(batch.rows, texts, ended, strict=True):
                 answers[row] = Answer(text.strip(), by_itself)
+            bar.update(len(texts))
     return answers

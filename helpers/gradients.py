@@ -23,6 +23,7 @@ from helpers.chat import Batch, Example, batches
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.losses import sequence_losses, token_losses
 from helpers.models import Model, plain_name
+from helpers.progress import watched
 
 Tokens = Literal["response", "all"]
 
@@ -141,7 +142,7 @@ def gradient_statistics(
     unit_means = torch.empty_like(means)
     per_token: list[Tensor] = [torch.empty(0)] * len(examples)
     first = next(iter(vectors))
-    for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+    for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
         rows = list(batch.rows)
         found = activation_gradients(model, batch, layers, tokens=tokens, interventions=interventions)
         losses[rows] = found.losses.float().cpu()
@@ -244,7 +245,7 @@ def pile_gradient(
     try:
         for p in parameters.values():
             p.grad = None
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
             batch = batch.to(model.device)
             with model.reading(batch):
                 total = loss(model, batch).sum() / len(examples)
@@ -287,7 +288,7 @@ def directional_derivatives(
             for name, tangent in direction.items()
         }
         with _exchanged(model, moving):
-            for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+            for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
                 losses = loss(model, batch.to(model.device))
                 found[list(batch.rows)] = forward_ad.unpack_dual(losses).tangent.float().cpu()
     return found
@@ -347,7 +348,7 @@ def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int
     handles = [layer.register_forward_hook(watch) for layer in layers]
     handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
     try:
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
             batch = batch.to(model.device)
             squares = torch.zeros(len(batch.rows), device=model.device)
             losses, rows = token_losses(model, batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 from helpers.chat import Batch, Example, batches
 from helpers.interventions import Intervention, applied
 from helpers.models import Model, repeated
+from helpers.progress import watched
 
 WORTH_SHARING = 8
 """Fewer tokens than this are not worth a pass of their own."""
@@ -150,6 +151,6 @@ def evaluate_losses(
     result = torch.empty(len(examples))
     once = model.weights_in(model.dtype, only_frozen_linear=True)
     with once, applied(model, *interventions):
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "losses", "batch"):
             result[list(batch.rows)] = sequence_losses(model, batch).float().cpu()
     return result

@@ -10,14 +10,19 @@ Anything wrong (a name that does not exist, a wrong type, a value out of range) 
 before a model is loaded. This module imports no torch, so the check takes no time.
 """
 
+import ast
+import contextlib
 import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from helpers import corpora
 
 Preset = Literal["tiny", "quick", "full", "paper"]
 StartLevel = Literal["none", "normal", "mild", "strong"]
@@ -25,8 +30,10 @@ TrainLevel = Literal["normal", "mild", "strong"]
 
 P = TypeVar("P", bound="Params")  # not Self, which the type checks under test do not know
 
-TRAITS = Path(__file__).resolve().parent.parent / "data" / "traits"
+PROJECT = Path(__file__).resolve().parent.parent
+TRAITS = PROJECT / "data" / "traits"
 TRAITS_WITH_MILD = ("evil",)
+TOPICS, STYLES = ("bridge", "recipe"), ("weather", "legal")
 KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
 
 Layer = Annotated[int, Field(ge=0, le=200)]
@@ -44,6 +51,9 @@ SIZE: dict[str, Any] = {"cost": "time and memory grow with its size"}
 BATCH: dict[str, Any] = {"cost": "memory, and the time of a training step"}
 MEMORY: dict[str, Any] = {"cost": "memory: bfloat16 takes half of float32"}
 ASKED: dict[str, Any] = {"cost": "a request to the server for each answer"}
+
+
+UNTAGGED = "tag the cell with the parameters `parameters`, as an editor that forgets tags may have lost that."
 
 
 class ParameterError(ValueError):
@@ -89,7 +99,9 @@ class Params(BaseModel):
     def __init__(self, **given: Any) -> None:
         for name in given:
             if name not in type(self).model_fields:
-                raise ParameterError(f"There is no parameter {name!r}{_nearest(name, type(self).model_fields)}")
+                raise ParameterError(
+                    f"There is no parameter {shortened(name)}{_nearest(name, type(self).model_fields)}"
+                )
         try:
             super().__init__(**self._complete(given))
         except ValidationError as error:
@@ -101,7 +113,7 @@ class Params(BaseModel):
         values = {name: value for name, value in given.items() if value is not None}
         preset = values.setdefault("preset", "quick")
         if str(preset) not in cls.presets:
-            raise ParameterError(f"There is no preset {preset!r}{_nearest(preset, cls.presets)}")
+            raise ParameterError(f"There is no preset {shortened(preset)}{_nearest(preset, cls.presets)}")
         return {**cls.presets[preset], **values}
 
     @property
@@ -109,35 +121,54 @@ class Params(BaseModel):
         """The first seed, for what is done once."""
         return self.seeds[0]
 
+    @property
+    def folder(self) -> Path:
+        """Where the run's findings, figure data and vectors go; a relative path starts at the project."""
+        return PROJECT / (self.results or f"results/{self.preset}/{self.chapter}")
+
     @classmethod
     def from_notebook(cls: type[P]) -> P:
         """The parameters in the running notebook: call it in the first cell after the parameters cell.
 
-        papermill injects a mistyped name without an error, so every variable of the notebook is looked at,
-        and one that is no parameter is an error. When the cell is run again in a kernel that has already
-        gone through the notebook, other variables are expected and left alone.
+        papermill injects a mistyped name without an error, and above everything where no cell is tagged `parameters`,
+        so the cell that it injected is looked at. Of the other variables only near misses are errors, such as `layr`.
+        When the cell is run again in a kernel that has already gone through the notebook, other variables are
+        expected and left alone.
         """
         from IPython import get_ipython  # only a notebook has it at hand
+
+        from helpers.machine import check_machine
 
         shell = get_ipython()
         if shell is None:
             raise ParameterError(f"{cls.__name__}.from_notebook() works in a notebook only: use {cls.__name__}().")
         hidden = shell.user_ns_hidden
-        return cls.from_namespace(
-            {name: value for name, value in shell.user_ns.items() if hidden.get(name, hidden) is not value}
+        params = cls.from_namespace(
+            {name: value for name, value in shell.user_ns.items() if hidden.get(name, hidden) is not value},
+            _injected(shell.user_ns.get("In", ())),
         )
+        check_machine(params)
+        return params
 
     @classmethod
-    def from_namespace(cls: type[P], namespace: Mapping[str, Any]) -> P:
-        """Parameters from a namespace, without its underscored names, modules, classes and functions."""
-        values = {
-            name: value
-            for name, value in namespace.items()
-            if not (name.startswith("_") or inspect.ismodule(value) or callable(value))
-        }
-        if any(isinstance(value, Params) for value in values.values()):
-            values = {name: value for name, value in values.items() if name in cls.model_fields}
-        return cls(**values)
+    def from_namespace(cls: type[P], namespace: Mapping[str, Any], injected: Mapping[str, Any] | None = None) -> P:
+        """Parameters from a namespace, and the values that papermill put there, by name."""
+        used_before = any(isinstance(value, Params) for value in namespace.values())
+        if not used_before:
+            for name, value in (injected or {}).items():
+                if name not in cls.model_fields:
+                    raise ParameterError(f"There is no parameter {shortened(name)}{_nearest(name, cls.model_fields)}")
+                if name in namespace and namespace[name] != value:
+                    raise ParameterError(
+                        f"Parameter {name!r} was given as {shortened(value)}, but a later cell sets it to "
+                        f"{shortened(namespace[name])}: {UNTAGGED}"
+                    )
+            for name, value in namespace.items():
+                if name.startswith("_") or inspect.ismodule(value) or callable(value) or name in cls.model_fields:
+                    continue
+                if near := get_close_matches(name.lower(), cls.model_fields, n=1, cutoff=0.8):
+                    raise ParameterError(f"There is no parameter {shortened(name)}: did you mean {near[0]!r}?")
+        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
 
     @classmethod
     def from_strings(cls: type[P], texts: Mapping[str, str]) -> P:
@@ -161,12 +192,22 @@ class Params(BaseModel):
             )
         return value
 
-    @field_validator("seeds")
+    @field_validator("*")
     @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ParameterError(f"Parameter 'seeds' is {list(seeds)}, but the seeds should differ from each other.")
-        return seeds
+    def _distinct(cls, value: Any, info: Any) -> Any:
+        """What is listed twice would be done twice, and averaged as if it were two."""
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ParameterError(
+                f"Parameter {info.field_name!r} is {shortened(list(value))}, but should name each value once."
+            )
+        return value
+
+    @field_validator("results")
+    @classmethod
+    def _named(cls, results: str | None) -> str | None:
+        if results is not None and not results.strip():
+            raise ParameterError("Parameter 'results' is empty: name a folder, or leave it out.")
+        return results
 
 
 class TraitParams(Params):
@@ -211,6 +252,8 @@ class TraitParams(Params):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TraitParams":
+        rows = corpora.split(corpora.load_trait(self.trait), "eval")
+        _check_count("sequences", self.sequences, len(rows), f"questions to measure {self.trait!r} on")
         if self.trait in self.other_traits:
             raise ParameterError(f"Parameter 'other_traits' contains the trait itself, {self.trait!r}: leave it out.")
         for name, layers in (("layer", (self.layer,)), ("layers", getattr(self, "layers", ()))):
@@ -517,12 +560,8 @@ class WeightSteeringParams(Params):
 
     @model_validator(mode="after")
     def _known_layers(self) -> "WeightSteeringParams":
-        count = KNOWN_LAYERS.get(self.model)
         for layer in self.chosen_layers:
-            if count is not None and layer >= count:
-                raise ParameterError(
-                    f"Parameter 'chosen_layers' names layer {layer}, but {self.model!r} has 0 to {count - 1}."
-                )
+            _check_layer(self.model, "chosen_layers", layer)
         return self
 
     @model_validator(mode="after")
@@ -638,6 +677,24 @@ class RefusalParams(AlignedParams):
             "sentiment_steps": 500,
         },
     }
+
+    @classmethod
+    def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores directions on no more requests than they are made from, and records that number."""
+        values = super()._complete(given)
+        with contextlib.suppress(TypeError, ValueError):  # said later, by its name
+            if int(values["scored_on"]) > int(values["prompts"]):
+                values["scored_on"] = max(2, int(values["prompts"]))
+        return values
+
+    @model_validator(mode="after")
+    def _enough(self) -> "RefusalParams":
+        if self.data == "bundled":
+            test = min(len(corpora.load_refusal(kind, "test")) for kind in ("harmful", "harmless"))
+            train = min(len(corpora.load_refusal(kind, "train")) for kind in ("harmful", "harmless"))
+            for name, there in (("start_requests", test), ("requests", test), ("prompts", train)):
+                _check_count(name, getattr(self, name), there, "bundled requests of each kind")
+        return self
 
     data: Literal["bundled", "wildguardmix"] = Field(
         description="requests: the bundled ones, or the source's set from the hub (gated)"
@@ -892,6 +949,12 @@ class FilteringParams(AlignedParams):
     )
     search_steps: int = Field(ge=1, le=20, description="thresholds that the search may try", json_schema_extra=TIME)
 
+    @model_validator(mode="after")
+    def _enough(self) -> "FilteringParams":
+        there = min(len(corpora.load_task(task, "train")) for task in self.tasks) - self.checks
+        _check_count("points", self.points, there, "items of a task besides those for checks")
+        return self
+
 
 _PROMPT_ONLY_QUICK = {
     "model": "smollm2-135m-instruct",
@@ -1070,6 +1133,24 @@ class PromptOnlyParams(Params):
         _check_layer(self.model, "layer", self.layer)
         if self.first + self.last == 0:
             raise ParameterError("Parameters 'first' and 'last' are both 0, so no token would be steered: raise one.")
+        for concept in self.concepts:
+            if self.data == "axbench":
+                if not (concept.isdecimal() and int(concept) < 500):
+                    raise ParameterError(f"Parameter 'concepts' names {shortened(concept)}: AxBench's are 0 to 499.")
+                continue
+            rows = _concept_rows(concept)
+            if not rows:
+                known = [*corpora.available_traits(), *TOPICS, *STYLES]
+                raise ParameterError(f"There is no concept {shortened(concept)}{_nearest(concept, known)}")
+            _check_count("means_of", self.means_of, rows, f"training pairs of {concept!r}")
+        for place in self.places:
+            if place not in ("all", "prompt", "ends", "random", "user words") and not re.fullmatch(
+                r"ends \d{1,3} \d{1,3}", place
+            ):
+                raise ParameterError(
+                    f"There is no place {shortened(place)}: use prompt, random, user words, or 'ends P S' such as "
+                    "'ends 2 2'."
+                )
         unknown = set(self.tuned_on) - set(self.concepts)
         if unknown:
             raise ParameterError(f"Parameter 'tuned_on' names {sorted(unknown)[0]!r}, which is not in 'concepts'.")
@@ -1093,14 +1174,25 @@ CHAPTERS: Mapping[str, type[Params]] = {
 def params_of(chapter: str) -> type[Params]:
     """The parameter class of a chapter, by the notebook's name without suffix."""
     if chapter not in CHAPTERS:
-        raise ParameterError(f"There is no chapter {chapter!r} in helpers/params.py{_nearest(chapter, CHAPTERS)}")
+        raise ParameterError(
+            f"There is no chapter {shortened(chapter)} in helpers/params.py{_nearest(chapter, CHAPTERS)}"
+        )
     return CHAPTERS[chapter]
+
+
+def _concept_rows(concept: str) -> int:
+    """How many training pairs a bundled concept of chapter 6 has; 0 for one that there is not."""
+    if concept in corpora.available_traits():
+        return len(corpora.split(corpora.load_trait(concept), "train"))
+    if concept in TOPICS:
+        return sum(row.topic == concept for row in corpora.load_topics("train"))
+    return len(corpora.load_style(concept, "train")) if concept in STYLES else 0  # type: ignore[arg-type]
 
 
 def _check_trait(trait: str) -> None:
     known = sorted(path.stem for path in TRAITS.glob("*.jsonl"))
     if trait not in known:
-        raise ParameterError(f"There is no trait {trait!r} in data/traits{_nearest(trait, known)}")
+        raise ParameterError(f"There is no trait {shortened(trait)} in data/traits{_nearest(trait, known)}")
 
 
 def _check_layer(model: str, name: str, layer: int) -> None:
@@ -1109,10 +1201,33 @@ def _check_layer(model: str, name: str, layer: int) -> None:
         raise ParameterError(f"Parameter {name!r} names layer {layer}, but {model!r} has 0 to {count - 1}.")
 
 
+def _check_count(parameter: str, value: int, there: int, what: str) -> None:
+    """More than there is would silently be all there is, and the record would name a number that nobody used."""
+    if value > there:
+        raise ParameterError(f"Parameter {parameter!r} is {value}, but there are {there} {what}: take at most {there}.")
+
+
+def _injected(cells: Iterable[str]) -> dict[str, Any]:
+    """What papermill's cell, among the cells that were run, set: it begins with a comment of its own."""
+    source = next((cell for cell in reversed(list(cells)) if cell.startswith("# Parameters\n")), "")
+    found = {}
+    with contextlib.suppress(SyntaxError, ValueError):  # a reader may have changed it
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+
 def _nearest(name: object, known: Any) -> str:
     """How a sentence about an unknown name goes on: the nearest valid name, or all of them."""
-    near = get_close_matches(str(name), list(known), n=1, cutoff=0.55)
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}."
+
+
+def shortened(value: object, length: int = 60) -> str:
+    """A value as it stands in a sentence."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
 
 def _listed(value: Any) -> Any:
@@ -1122,9 +1237,11 @@ def _listed(value: Any) -> Any:
         if not text.startswith(("[", "(")):
             return [part.strip() for part in text.split(",")]
         try:
-            return json.loads(f"[{text[1:-1].rstrip().removesuffix(',')}]" if text.startswith("(") else text)
-        except json.JSONDecodeError:
-            raise ParameterError(f'{value!r} is no list: write it as [0, 1] or ["a", "b"].') from None
+            if text.startswith("(") and text.endswith(")"):
+                text = f"[{text[1:-1].rstrip().removesuffix(',')}]"
+            return json.loads(text)
+        except (ValueError, RecursionError):  # besides bad JSON: numbers of thousands of digits, and deep nesting
+            raise ParameterError(f'{shortened(value)} is no list: write it as [0, 1] or ["a", "b"].') from None
     return [value] if isinstance(value, int | float) else value
 
 
@@ -1132,11 +1249,17 @@ def _sentence(error: ValidationError) -> str:
     """The first thing that pydantic found, as one sentence with the name and the value."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ParameterError):
+    if isinstance(cause, ParameterError | corpora.CorpusError):
         return str(cause)
     name = str(first["loc"][0])
     place = f"{name!r} (item {first['loc'][1]})" if len(first["loc"]) > 1 else repr(name)
     if first["type"] == "missing":
         return f"Parameter {place} has no value: give one."
-    demand = first["msg"].removeprefix("Input ").removeprefix("String ")
-    return f"Parameter {place} is {first['input']!r}, but it {demand}."
+    if first["type"] in ("too_short", "string_too_short"):
+        what = "item(s)" if first["type"] == "too_short" else "letter(s)"
+        least = first["ctx"]["min_length"]
+        return f"Parameter {place} is {shortened(first['input'])}, but it should have at least {least} {what}."
+    demand = re.sub("^(Input|String|Value|Tuple) ", "", first["msg"]).splitlines()[0]
+    if first["type"] == "string_pattern_mismatch":
+        demand = f"should be {Params.model_fields['device'].description}"
+    return f"Parameter {place} is {shortened(first['input'])}, but it {demand}."

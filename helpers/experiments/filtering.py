@@ -30,6 +30,7 @@ from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
 from helpers.methods.gradient_filtering import SafetyScore, anchor_similarity, fihs
 from helpers.models import LoRA, Model, load
 from helpers.params import FilteringParams
+from helpers.progress import watched
 from helpers.training import finetune
 
 Array = np.ndarray
@@ -230,7 +231,7 @@ class FilteringExperiment:
             weights = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
             before, start = score.values(model).mean(), {n: p.detach().clone() for n, p in weights.items()}
             changes = []
-            for example in self.examples(points):
+            for example in watched(self.examples(points), "taking steps", "point"):
                 for (_, weight), gradient in zip(
                     weights.items(), pile_gradient(model, [example], loss=sequence_sums).values(), strict=True
                 ):

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers import corpora
 from helpers.artifacts import Artifact, default_store
@@ -42,6 +41,7 @@ from helpers.methods.refusal_redistribution import Redistribution, balanced_batc
 from helpers.models import LoRA, Model, finetuned_digest, load, release_memory
 from helpers.params import RefusalParams
 from helpers.probes import fit_leace
+from helpers.progress import progress
 from helpers.training import finetune
 
 Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
@@ -319,7 +319,7 @@ class RefusalExperiment:
         return Attack(directions, steps, self._judged(digest, model, bases))
 
     def _attack(self, model: Model, prompts: Mapping[Kind, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        with tqdm(total=self.params.k_max, desc="directions", leave=False) as progress:
+        with progress(self.params.k_max, "attacking", "direction") as bar:
             steps = iterated_ablation(
                 model,
                 self.prompts(prompts["harmful"]),
@@ -327,7 +327,7 @@ class RefusalExperiment:
                 self.params.k_max,
                 refusal_ids=self.refusal_ids,
                 settings=self.settings,
-                after=lambda k, _: progress.update(min(k, 1)),
+                after=lambda k, _: bar.update(min(k, 1)),
             )
         directions = torch.stack([s.direction for s in steps]) if steps else torch.zeros(0, model.width)
         facts = [{name: value for name, value in vars(step).items() if name != "direction"} for step in steps]

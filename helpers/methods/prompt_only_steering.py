@@ -29,12 +29,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers.chat import Ends, Example, Where, batches, collate, shared_start
 from helpers.interventions import Steer, resid_post
 from helpers.losses import WORTH_SHARING, sequence_sums
 from helpers.models import Model, chosen_rows
+from helpers.progress import progress
 
 Objective = Literal["lang", "simpo"]
 """`lang`: cross-entropy of the answer that shows the concept. `simpo`: prefer it to a neutral one."""
@@ -183,7 +183,7 @@ def train_vectors(
         stack.enter_context(model.weights_in(model.dtype, only_frozen_linear=True))
         states.read(getattr(runs[r].pairs[i], side) for r, i in sorted(met) for side in sides)
         stack.enter_context(model.only_blocks(layer + 1, model.layers - 1))
-        progress = stack.enter_context(tqdm(total=steps, desc=label, leave=False, unit="step"))
+        bar = stack.enter_context(progress(steps, label))
         reference = _reference(states, runs, sorted(met), rows // 2) if objective == "simpo" else None
         for step in range(steps):
             drawn = [(r, i) for r, of_run in enumerate(draws) for i in of_run[step]]
@@ -203,7 +203,7 @@ def train_vectors(
             schedule.step()
             for trace, loss in zip(losses, found, strict=True):
                 trace.append(loss)
-            progress.update()
+            bar.update()
     return [
         Trained(Steer(layer, v.detach().cpu(), float(a.detach()), where), tuple(trace))
         for a, v, trace in zip(factors, vectors, losses, strict=True)

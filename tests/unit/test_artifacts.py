@@ -151,7 +151,7 @@ def test_the_sidecar_says_where_the_artifact_came_from(store):
     key = get(store, Compute()).key
     record = json.loads((store.root / "vector" / f"{key}.json").read_text())
     assert record["inputs"]["parameters"] == {"layer": 1}
-    used = {"__init__.py", "artifacts.py", "dependencies.py", "corpora.py"}
+    used = {"__init__.py", "artifacts.py", "dependencies.py", "files.py", "corpora.py"}
     assert set(record["inputs"]["code"]) == {__name__, *used}
     assert record["inputs"]["versions"] == {name: importlib.metadata.version(name) for name in LIBRARIES}
 

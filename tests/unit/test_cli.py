@@ -9,7 +9,8 @@ import torch
 
 from helpers import cli
 from helpers.artifacts import Store
-from helpers.params import InoculationParams, ParameterError
+from helpers.execution import execute
+from helpers.params import PROJECT, InoculationParams, ParameterError
 
 CHAPTER = InoculationParams.chapter
 
@@ -41,7 +42,7 @@ def test_a_notebook_is_executed_with_the_given_parameters_and_names_no_absolute_
     executed = nbformat.read(output, as_version=4)
     printed = json.loads(executed.cells[-1].outputs[0].text)
     assert printed == ["tiny", 1, "results/x", "helpers/__init__.py"]
-    assert str(cli.PROJECT) not in output.read_text()
+    assert str(PROJECT) not in output.read_text()
     assert executed.metadata.papermill.output_path.endswith("made/out.ipynb")
     assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
 
@@ -85,7 +86,7 @@ def test_a_notebook_that_is_not_there_is_named(tmp_path):
 def test_a_notebook_without_parameter_class_is_named(tmp_path):
     with pytest.raises(ParameterError, match="There is no chapter '03_unknown'"):
         (tmp_path / "03_unknown.ipynb").touch()
-        cli.execute(tmp_path / "03_unknown.ipynb", tmp_path / "out.ipynb", {})
+        execute(tmp_path / "03_unknown.ipynb", tmp_path / "out.ipynb", {})
 
 
 def test_the_registered_models_are_listed(capsys):
