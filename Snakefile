@@ -48,6 +48,10 @@ if LOCK:
     logger.addHandler(Console(TREE, due, AT_ONCE))
 
 
+wildcard_constraints:
+    chapter="|".join(CHAPTERS),
+
+
 rule site:
     input:
         building.prose(),

@@ -13,7 +13,7 @@ STOPPED = "Stopped: "
 """What the last line of a step's log begins with if the step could say why it stopped."""
 
 
-class Console(logging.StreamHandler):  # type: ignore[type-arg]
+class Console(logging.StreamHandler):
     """Snakemake's log as a reader wants it: a line when a chapter begins, and one when it is done or failed.
 
     Args:

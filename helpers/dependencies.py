@@ -4,7 +4,7 @@ The artifact store puts the digest of the modules into its keys; the build makes
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -59,15 +59,15 @@ def data_sources(notebook: str | Path) -> list[Path]:
     for path in notebook_sources(notebook):
         if path == PACKAGE / "params.py":
             continue
-        for node in _parsed(path.read_text("utf-8"), path.name).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                defined.setdefault(node.name, []).append(node)
-            elif isinstance(node, ast.ImportFrom):
-                for alias in node.names:
+        for statement in _parsed(path.read_text("utf-8"), path.name).body:
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                defined.setdefault(statement.name, []).append(statement)
+            elif isinstance(statement, ast.ImportFrom):
+                for alias in statement.names:
                     if alias.asname:
                         defined.setdefault(alias.asname, []).append(ast.Name(alias.name))
             else:
-                trees.append(node)
+                trees.append(statement)
     files: set[Path] = set()
     while trees:
         for node in ast.walk(trees.pop()):
@@ -105,25 +105,26 @@ def _parsed(code: str, name: str = "<code>") -> ast.Module:
     return ast.parse(code, name)
 
 
-def _imported(tree: ast.AST, package: str) -> Iterator[Path]:
+@cache
+def _imported(tree: ast.AST, package: str) -> tuple[Path, ...]:
     """The files that the imports of a module in helpers' (sub)package `package` stand for."""
+    files: dict[Path, None] = {}
     for node in ast.walk(tree):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "helpers":
-                    yield from _files(alias.name.removeprefix("helpers").removeprefix("."))
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "helpers"]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:
                 above = package.split(".") if package else []
-                base = ".".join([*above[: len(above) - node.level + 1], *([module] if module else [])])
-            elif module.split(".")[0] == "helpers":
-                base = module.removeprefix("helpers").removeprefix(".")
+                base = ".".join(["helpers", *above[: len(above) - node.level + 1], *([module] if module else [])])
             else:
-                continue
-            yield from _files(base)
-            for alias in node.names:
-                yield from _files(f"{base}.{alias.name}".lstrip("."))
+                base = module
+            if base.split(".")[0] == "helpers":
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in names:
+            files |= dict.fromkeys(_files(name.removeprefix("helpers").removeprefix(".")))
+    return tuple(files)
 
 
 def _files(dotted: str, required: bool = False) -> list[Path]:
