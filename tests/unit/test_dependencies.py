@@ -75,7 +75,7 @@ def test_a_notebook_reads_the_data_of_the_loaders_that_it_names(tmp_path, code, 
 
 
 def test_data_read_by_a_function_of_a_helper_count_if_that_is_named(tmp_path):
-    code = "from helpers.judges import TopicJudge\njudge = TopicJudge()"
+    code = "from helpers.judges import off_target_texts\ntexts = off_target_texts('evil')"
     assert DATA / "topics.jsonl" in data_sources(written(tmp_path / "n.ipynb", code))
 
 
