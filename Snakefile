@@ -13,18 +13,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from sphinx_external_toc.parsing import parse_toc_yaml
-
 from helpers import building
 from helpers.console import Console
 from helpers.params import ParameterError
 from snakemake.logging import logger
 
-PAGES = [str(page) for page in parse_toc_yaml("_toc.yml")]
-CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
-
 try:
-    PRESET, GIVEN = building.chosen(config, CHAPTERS)
+    PAGES = building.pages()
+    CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
+    PRESET, GIVEN = building.chosen(config, CHAPTERS, workflow.resource_settings.cores)
     RESOLVED = {chapter: building.resolved(chapter, PRESET, GIVEN[chapter]) for chapter in CHAPTERS}
     INPUTS = {chapter: building.inputs(chapter) for chapter in CHAPTERS}
     TREE = building.tree_of(PRESET)
@@ -32,20 +29,20 @@ try:
 except (building.BuildError, ParameterError) as error:
     sys.exit(str(error))
 
-AT_ONCE = (workflow.cores or 1) if PRESET == "tiny" else 1  # a tiny model is done sooner beside another than on all cores
 STEP = f"exec {shlex.quote(sys.executable)} -m helpers.steps --tree {TREE} --builder {os.getpid()} --log"
 CHAPTER, SITE = building.mark(TREE, "{chapter}"), building.mark(TREE, "site")
 
 
-def due():
-    """The chapters that will be run."""
-    return [job.wildcards.chapter for job in workflow.dag.needrun_jobs() if job.rule.name == "execute"]
+def plan():
+    """The chapters that will be run, and how many of them side by side."""
+    due = [job.wildcards.chapter for job in workflow.dag.needrun_jobs() if job.rule.name == "execute"]
+    return sorted(due), workflow.cores if PRESET == "tiny" else 1
 
 
 if LOCK:
     for handler in [handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"]:
         logger.removeHandler(handler)
-    logger.addHandler(Console(TREE, due, AT_ONCE))
+    logger.addHandler(Console(TREE, plan))
 
 
 wildcard_constraints:
@@ -92,7 +89,7 @@ rule execute:
     params:
         resolved=lambda wildcards: RESOLVED[wildcards.chapter],
         given=lambda wildcards: json.dumps({"preset": PRESET, **GIVEN[wildcards.chapter]}),
-    # Snakemake sets OMP_NUM_THREADS to this
-    threads: 1 if PRESET == "tiny" else workflow.cores or 1
+    # Snakemake sets OMP_NUM_THREADS to this; a tiny model is done sooner beside another than on all cores
+    threads: 1 if PRESET == "tiny" else lambda wildcards: workflow.cores
     shell:
         "{STEP} {log} {wildcards.chapter} --given {params.given:q} > {log} 2>&1"

@@ -29,17 +29,34 @@ class BuildError(Exception):
     """A build that cannot be done; the message is one sentence."""
 
 
-def chosen(config: Mapping[str, Any], chapters: Sequence[str]) -> tuple[str, dict[str, dict[str, Any]]]:
+def pages() -> list[str]:
+    """The pages of the book, in its order, as `_toc.yml` names them.
+
+    Raises BuildError if that cannot be read.
+    """
+    from sphinx_external_toc.parsing import MalformedError, parse_toc_yaml  # here, as it imports Sphinx
+
+    try:
+        return [str(page) for page in parse_toc_yaml(PROJECT / "_toc.yml")]
+    except (OSError, yaml.YAMLError, MalformedError) as error:
+        raise BuildError(f"_toc.yml is no table of contents ({one_line(error)}): correct it.") from None
+
+
+def chosen(
+    config: Mapping[str, Any], chapters: Sequence[str], cores: int | None = None
+) -> tuple[str, dict[str, dict[str, Any]]]:
     """The preset, and for each chapter the parameters given on the command line that it has.
 
     Args:
         config: what `snakemake --config` was given.
         chapters: the chapters of the book.
+        cores: how many processor cores the build may use; None where it does not matter.
 
     Raises:
         BuildError: if something there is no configuration.
-        ParameterError: if a chapter cannot use its parameters.
     """
+    if cores is not None and cores < 1:
+        raise BuildError(f"The number of cores is {cores}, with which nothing can run: give 1 or more, or all.")
     fields = {name: params_of(chapter).model_fields for chapter in chapters for name in params_of(chapter).model_fields}
     for name in config:
         if name in fields and name != "preset":

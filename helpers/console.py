@@ -18,13 +18,12 @@ class Console(logging.StreamHandler):
 
     Args:
         tree: the executed book; how long its chapters took is the first estimate of what is left.
-        due: gives the chapters to run, once Snakemake knows them.
-        at_once: how many chapters run side by side.
+        plan: gives the chapters to run and how many of them side by side, once Snakemake knows it.
     """
 
-    def __init__(self, tree: str, due: Callable[[], Sequence[str]], at_once: int) -> None:
+    def __init__(self, tree: str, plan: Callable[[], tuple[list[str], int]]) -> None:
         super().__init__(sys.stderr)
-        self.tree, self.due, self.at_once = tree, due, at_once
+        self.tree, self.plan, self.at_once = tree, plan, 1
         self.steps: dict[int, str] = {}
         self.chapters: list[str] = []
         self.began: dict[str, float] = {}
@@ -44,7 +43,7 @@ class Console(logging.StreamHandler):
     def _lines(self, record: logging.LogRecord) -> list[str]:
         event = getattr(record, "event", None)
         if event == "run_info":
-            return self._all(sorted(self.due()))
+            return self._all(*self.plan())
         if event == "job_info":
             return self._begun(record.jobid, record.wildcards.get("chapter") or record.rule_name)  # type: ignore[attr-defined]
         if event == "job_finished":
@@ -58,8 +57,8 @@ class Console(logging.StreamHandler):
         follows = self.failed or record.getMessage().startswith("RuleException")
         return [] if record.levelno < logging.WARNING or follows else [record.getMessage()]
 
-    def _all(self, chapters: list[str]) -> list[str]:
-        self.chapters = chapters
+    def _all(self, chapters: list[str], at_once: int) -> list[str]:
+        self.chapters, self.at_once = chapters, at_once
         self.known = {chapter: seconds for chapter in chapters if (seconds := _duration(self.tree, chapter))}
         if not chapters:
             return ["No chapter has to be run again."]
