@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{card.name:24} {card.layers:3} layers  width {card.width:5}  {card.source}")
     except (CommandError, ParameterError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
 
 
 def _given(chosen: argparse.Namespace) -> dict[str, str]:

@@ -153,7 +153,7 @@ def _run(source: Any, output: Path, given: Mapping[str, Any], name: str, target:
 
     watch = Watch(Path(name).stem, lines or not sys.stderr.isatty())
     try:
-        with contextlib.chdir(PROJECT), _stoppable(), watch:
+        with contextlib.chdir(PROJECT), _stoppable(watch), watch:
             kernels.run(source, given, watch)
         reason = kernels.failure(watch.notebook)
     except (KeyboardInterrupt, _Stopped):
@@ -188,13 +188,17 @@ def _kept(path: Path, text: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
+def _stoppable(watch: "Watch") -> Iterator[None]:
     """While open, a signal to end is an exception, so that the kernel is ended and what was done is kept."""
 
     def stop(*_: Any) -> None:
+        if watch.client is not None:
+            watch.client.shutdown_kernel = "immediate"  # asked to end by itself, it would print a traceback first
         raise _Stopped
 
-    signals = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    signals = (
+        (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    )
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
@@ -210,6 +214,7 @@ class Watch:
         self.name, self.lines = name, lines
         self.notebook: Any = None
         self.cell: Any = None
+        self.client: Any = None
         self.began = self.said = time.monotonic()
         self._bar: Any = None
 

@@ -111,7 +111,7 @@ class _Engine(NBClientEngine):
             iopub_timeout=PATIENCE,
             on_cell_start=lambda cell, cell_index: watch.start(cell, cell_index),
         )
-        client.watch, client.folder = watch, folder
+        client.watch, client.folder, watch.client = watch, folder, client
         client.execute()
 
 

@@ -693,11 +693,11 @@ class RefusalParams(AlignedParams):
 
     @classmethod
     def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores directions on no more requests than they are made from."""
+        """Scores directions on no more requests than they are made from, and records that number."""
         values = super()._complete(given)
-        if given.get("scored_on") is None:
-            with contextlib.suppress(TypeError, ValueError):  # said later, by its name
-                values["scored_on"] = min(values["scored_on"], max(2, int(values["prompts"])))
+        with contextlib.suppress(TypeError, ValueError):  # said later, by its name
+            if int(values["scored_on"]) > int(values["prompts"]):
+                values["scored_on"] = max(2, int(values["prompts"]))
         return values
 
     @model_validator(mode="after")
@@ -707,7 +707,6 @@ class RefusalParams(AlignedParams):
             train = min(len(corpora.load_refusal(kind, "train")) for kind in ("harmful", "harmless"))
             for name, there in (("start_requests", test), ("requests", test), ("prompts", train)):
                 _check_count(name, getattr(self, name), there, "bundled requests of each kind")
-        _check_count("scored_on", self.scored_on, self.prompts, "requests behind a direction ('prompts')")
         return self
 
     data: Literal["bundled", "wildguardmix"] = Field(

@@ -125,7 +125,6 @@ def test_a_bad_parameter_is_one_sentence_before_a_kernel_starts(case, tmp_path, 
     [
         ("04_refusal_redistribution", "requests", "61", "there are 60 bundled requests"),
         ("04_refusal_redistribution", "prompts", "1000", "there are 297 bundled requests"),
-        ("04_refusal_redistribution", "scored_on", "5", "'scored_on' is 5, but there are 4"),
         ("04_refusal_redistribution", "batch_size", "5", "multiple of 2"),
         ("04_refusal_redistribution", "sentiment_model", "no-such-model", "not in the local cache"),
         ("05_fihs_filtering", "tasks", "headlines,headlines", "each value once"),
@@ -259,7 +258,7 @@ def test_a_second_run_into_one_output_or_one_results_folder_says_so(tmp_path, no
 
 
 def test_two_runs_at_once_into_one_output_are_one_run_and_a_refusal(tmp_path):
-    path = write(tmp_path, "import time\ntime.sleep(6)")
+    path = write(tmp_path, "import time\ntime.sleep(4)")
     command = [sys.executable, "-m", "helpers", "execute", path, "--output", tmp_path / "out.ipynb"]
     command += ["--results", tmp_path / "results"]
     runs = [subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -274,7 +273,7 @@ ENDS = {
     "raise SystemExit": ("raise SystemExit", "SystemExit"),
     "a kernel that is killed": ("import os\nos.kill(os.getpid(), 9)", "the end of its kernel.* memory"),
     "an error of many lines": ("raise ValueError('one\\ntwo\\n' * 3)", "ValueError: one two"),
-    "a disk that is full": ("raise OSError(28, 'No space left on device', 'x')", "No space left on device"),
+    "a disk that is full": ("raise OSError(28, 'No space left on device', 'x')", "OSError: .*No space left on device"),
 }
 
 
@@ -287,7 +286,7 @@ def test_a_cell_that_ends_its_run_is_a_sentence_and_keeps_what_was_done(case, tm
     assert "so far" in (tmp_path / "out.failed.ipynb").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_end_leaves_no_kernel_and_no_part(number, tmp_path):
     begun = tmp_path / "begun"
     code = f"import os, pathlib, time\npathlib.Path({str(begun)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
@@ -330,7 +329,12 @@ def test_the_kernel_is_of_this_python_whatever_comes_first(tmp_path, monkeypatch
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     (tmp_path / "{}{x}").mkdir()
     output = tmp_path / "{}{x}" / "{y}.ipynb"
-    execute(write(tmp_path, "import sys\nprint(sys.executable)"), output, {})
+    before = os.umask(0o022)
+    try:
+        execute(write(tmp_path, "import sys\nprint(sys.executable)"), output, {})
+    finally:
+        os.umask(before)
+    assert output.stat().st_mode & 0o777 == 0o644
     assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text.strip() == sys.executable
 
 
@@ -346,19 +350,10 @@ def test_what_a_cell_prints_is_kept_however_much_it_is_and_progress_is_not(tmp_p
     assert len(said) == 1 and said[0].startswith(f"{CHAPTER}: done in ")
 
 
-def test_an_executed_notebook_is_as_open_as_the_umask_says_and_may_be_made_again(tmp_path):
-    before = os.umask(0o022)
-    try:
-        for _ in range(2):
-            execute(write(tmp_path), tmp_path / "out.ipynb", {})
-    finally:
-        os.umask(before)
-    assert (tmp_path / "out.ipynb").stat().st_mode & 0o777 == 0o644
-
-
 def test_a_variable_before_the_parameters_stops_nothing_unless_it_is_a_near_miss(tmp_path):
     fine = write(tmp_path, before=["REPO = 'x'\nfolder = '/content/drive'"])
-    execute(fine, tmp_path / "out.ipynb", {"layer": "1"})
+    for _ in range(2):  # what was executed before may be made again
+        execute(fine, tmp_path / "out.ipynb", {"layer": "1"})
     near = write(tmp_path, before=["layr = 1"])
     assert "There is no parameter 'layr': did you mean 'layer'?" in refused(near, "--output", tmp_path / "out.ipynb")
 

@@ -4,7 +4,7 @@ import nbformat
 import papermill
 import pytest
 
-from helpers.params import CHAPTERS, InoculationParams, ParameterError, PreventativeSteeringParams, params_of
+from helpers.params import CHAPTERS, PROJECT, InoculationParams, ParameterError, PreventativeSteeringParams, params_of
 
 
 @pytest.mark.parametrize("preset", ["tiny", "quick", "full", "paper"])
@@ -122,3 +122,34 @@ def test_mild_answers_are_asked_for_only_where_there_are_some():
     assert "mild" not in PreventativeSteeringParams(preset="full", trait="pirate").train_levels
     with pytest.raises(ParameterError, match="no mild answers"):
         PreventativeSteeringParams(trait="pirate", train_levels=("mild",))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_papermill_sees_every_parameter_of_every_notebook(chapter):
+    seen = papermill.inspect_notebook(PROJECT / "notebooks" / f"{chapter}.ipynb")
+    assert set(seen) == set(params_of(chapter).model_fields)
+    assert "None" not in {parameter["inferred_type_name"] for parameter in seen.values()}
+
+
+def test_variables_that_are_no_near_miss_are_left_alone():
+    given = {"REPO": "x", "folder": "/content", "layer": 3}
+    assert PreventativeSteeringParams.from_namespace(given).layer == 3
+    with pytest.raises(ParameterError, match="no parameter 'LAYER': did you mean 'layer'"):
+        PreventativeSteeringParams.from_namespace({"LAYER": 3})
+
+
+def test_what_papermill_injected_is_known_and_not_set_anew():
+    with pytest.raises(ParameterError, match="no parameter 'REPO': choose from preset"):
+        PreventativeSteeringParams.from_namespace({"REPO": "x"}, {"REPO": "x"})
+    with pytest.raises(ParameterError, match=r"'layer' was given as 0, but a later cell sets it to None: tag"):
+        PreventativeSteeringParams.from_namespace({"layer": None}, {"layer": 0})
+
+
+def test_the_results_folder_is_the_project_s_unless_it_is_given_whole():
+    assert InoculationParams(preset="tiny").folder == PROJECT / "results" / "tiny" / InoculationParams.chapter
+    assert InoculationParams(results="results/mine").folder == PROJECT / "results" / "mine"
+    assert str(InoculationParams(results="/tmp/mine").folder) == "/tmp/mine"
+
+
+def test_a_direction_is_scored_on_no_more_requests_than_there_are_and_the_record_says_so():
+    assert params_of("04_refusal_redistribution")(preset="tiny", prompts=3, scored_on=9).scored_on == 3
