@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,7 +87,9 @@ def chosen(
                 "python -m helpers execute."
             )
         if name not in fields:
-            raise BuildError(f"There is no parameter {shortened(name)}{nearest(str(name), fields)}")
+            near = get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "the page 'Parameters' of the book lists all of them."
+            raise BuildError(f"There is no parameter {shortened(name)}: {hint}")
     # the command line gives everything as text, and null as well
     values = {name: value for name, value in sorted(given.items()) if value not in (None, "null", "None")}
     return preset, {

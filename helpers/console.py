@@ -91,7 +91,7 @@ class Console(logging.StreamHandler):
         if lines and lines[-1].startswith(STOPPED):
             why = lines[-1].removeprefix(STOPPED)
         else:
-            why = "its process was ended from outside, as a system does whose memory ran out."
+            why = "Its process was ended from outside, as a system does whose memory ran out."
         return [f"{step}: failed. {why} What it said: {', '.join(map(str, logs))}."]
 
     def _left(self) -> str:
