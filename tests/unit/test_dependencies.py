@@ -83,4 +83,5 @@ def test_each_data_file_decides_a_chapter_and_the_quiz_does_not_decide_all():
     notebooks = sorted((PACKAGE.parent / "notebooks").glob("*.ipynb"))
     read = {notebook.stem: data_sources(notebook) for notebook in notebooks}
     assert {path for paths in read.values() for path in paths} == set(DATA.rglob("*.jsonl"))
-    assert [chapter for chapter, paths in read.items() if DATA / "quiz.jsonl" in paths] == ["06_prompt_only_steering"]
+    assert DATA / "quiz.jsonl" in read["06_prompt_only_steering"]
+    assert DATA / "quiz.jsonl" not in read["02_ip_loss_reduction"]
