@@ -421,7 +421,6 @@ def test_a_build_in_a_folder_with_a_blank_says_a_line_a_chapter_and_nothing_that
     ("arguments", "sentence"),
     [
         (["PRESET="], "There is no preset ''"),
-        (["PRESET=tiny x"], "There is no preset 'tiny x'"),
         (["PRESET=it's"], 'There is no preset "it\'s"'),
         (["PRESET=tiny", "CORES=many"], "must be integer or 'all'"),
     ],
