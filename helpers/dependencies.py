@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import nbformat
-
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -41,6 +39,8 @@ def helper_sources(code_or_modules: Iterable[str | ModuleType]) -> list[Path]:
 
 def notebook_sources(notebook: str | Path) -> list[Path]:
     """The files of helpers that a notebook uses, directly or through other helper modules, sorted."""
+    import nbformat  # of the extra `book`: the core does without
+
     cells = nbformat.read(notebook, as_version=4).cells
     # IPython's own lines (%matplotlib, !command, name?) are no Python and import nothing of ours
     lines = [
