@@ -299,6 +299,8 @@ class Provenance:
     versions: Mapping[str, str]
     started: float
     """Monotonic clock at the start of the run, in seconds."""
+    template: str = ""
+    """What is done to conversations because of the model's chat template, if anything."""
 
     @property
     def minutes(self) -> float:
@@ -318,6 +320,7 @@ class Provenance:
             "versions": dict(self.versions),
             "minutes": round(self.minutes, 2),
             "parameters": dict(self.parameters),
+            **({"template": self.template} if self.template else {}),
         }
 
     def box(self) -> Markdown:
@@ -334,6 +337,7 @@ class Provenance:
             "Versions": versions,
             "Minutes": f"{self.minutes:.1f}",
             "Parameters": parameters,
+            **({"Chat template": self.template} if self.template else {}),
         }
         return Markdown(_markdown_table(("Provenance", "of this run"), rows.items()))
 
@@ -359,6 +363,7 @@ def provenance(params: RunParams, model: LoadedModel, *, started: float | None =
         dtype=str(model.dtype).removeprefix("torch."),
         versions=versions,
         started=_IMPORTED if started is None else started,
+        template=getattr(model, "template_notes", ""),
     )
 
 
