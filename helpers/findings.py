@@ -13,6 +13,7 @@ never typed by hand: it follows from the estimate, its interval and the controls
 import csv
 import difflib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -442,11 +443,12 @@ class Findings:
 
         Returns the text that the prose will show.
         """
-        from myst_nb import glue  # here, because it imports Sphinx, which no other use of findings needs
-
         plain = value.item() if hasattr(value, "item") else value
         text = format(plain, fmt)
-        glue(name, _Plain(text), display=False)
+        if importlib.util.find_spec("myst_nb") is not None:  # it is not in Colab, where no page is rendered
+            from myst_nb import glue  # here, because it imports Sphinx, which no other use of findings needs
+
+            glue(name, _Plain(text), display=False)
         self.glued[name] = {"value": _finite(plain), "text": text}
         return text
 
