@@ -107,6 +107,15 @@ TODAY = datetime(2024, 7, 26)
 With the real date a prompt would have other tokens tomorrow, and stored results of both days would meet.
 """
 
+_CLOCK = "".join(
+    [
+        "{%- macro strftime_now(format) -%}{{ format",
+        *(f" | replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBdeHIjmMpSUwWyY"),
+        " }}{%- endmacro -%}",
+    ]
+)
+"""What goes before a template that asks for the date: transformers lets data into templates, and no functions."""
+
 
 def check_template(tokenizer: Any) -> None:
     """Raise `ValueError`, in one sentence, if conversations cannot be put into this tokenizer's chat template."""
@@ -132,9 +141,10 @@ def end_of_turn(tokenizer: Any) -> int:
 
 def _written(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
     """A conversation in the chat template; with `ask`, up to where the answer begins."""
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=ask, strftime_now=TODAY.strftime
-    )
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _CLOCK + template
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask)
 
 
 def _turns(question: str, answer: str | None = None, system: str | None = None) -> list[dict[str, str]]:

@@ -341,6 +341,7 @@ def load_hub(
 
     try:
         loaded = datasets.load_dataset(name, config, split=split, revision=revision, data_files=files)
+        return [dict(row) for row in loaded]
     except (DatasetNotFoundError, GatedRepoError) as error:
         if isinstance(error, GatedRepoError) or "gated" in str(error):
             raise CorpusError(
@@ -357,7 +358,6 @@ def load_hub(
         said = [line for cause in (error.__cause__, error) for line in str(cause or "").splitlines() if line]
         fault = _fault(Path(name), files) or (said[0] if said else "it has no rows")
         raise CorpusError(f"Data set '{name}' could not be loaded: {fault}") from None
-    return [dict(row) for row in loaded]
 
 
 def _fault(folder: Path, files: str | None) -> str | None:

@@ -288,6 +288,8 @@ def load(
     bridge = TransformerBridge.boot_transformers(
         inner.config._name_or_path or name, hf_model=inner, tokenizer=tokenizer
     )
+    if frozen:
+        inner.requires_grad_(False)  # some are wrapped with copies of their matrices, split in two or three
     model = Model(name, digest, bridge, inner, tokenizer, where, precision)
     if {n: p.shape for n, p in model.trained_parameters().items()} != trained:
         raise ValueError(
@@ -381,7 +383,7 @@ def _in_one_sentence(name: str) -> Iterator[None]:
         raise ValueError(
             f"The weights of '{name}' cannot be read ({_first_line(error)}); fetch the model again."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # a configuration can be wrong in any way
         raise ValueError(
             f"'{name}' is no chat model that this version of transformers can load ({_first_line(error)})."
         ) from error
