@@ -114,7 +114,7 @@ class PersonaVectorFitter:
 
     def update(self, activations: Float[Tensor, "layer example d_model"], *, shows_trait: bool) -> None:
         """Add answers that show the trait, or answers that do not."""
-        self._sums[shows_trait] = self._sums[shows_trait] + activations.double().sum(1)
+        self._sums[shows_trait] = self._sums[shows_trait] + activations.cpu().double().sum(1)
         self._counts[shows_trait] += activations.shape[1]
 
     def fit(self) -> PersonaVector:

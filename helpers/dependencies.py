@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import nbformat
-
 PACKAGE = Path(__file__).resolve().parent
 DATA = PACKAGE.parent / "data"
 
@@ -88,6 +86,8 @@ def _data(name: str) -> set[Path]:
 
 def _code(notebook: str | Path) -> str:
     """The Python in a notebook's code cells."""
+    import nbformat  # of the extra `book`: the core does without
+
     cells = nbformat.read(notebook, as_version=4).cells
     # IPython's own lines (%matplotlib, !command, name?) are no Python and import nothing of ours
     lines = [

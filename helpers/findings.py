@@ -13,6 +13,7 @@ never typed by hand: it follows from the estimate, its interval and the controls
 import csv
 import difflib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -298,6 +299,8 @@ class Provenance:
     versions: Mapping[str, str]
     started: float
     """Monotonic clock at the start of the run, in seconds."""
+    template: str = ""
+    """What is done to conversations because of the model's chat template, if anything."""
 
     @property
     def minutes(self) -> float:
@@ -317,6 +320,7 @@ class Provenance:
             "versions": dict(self.versions),
             "minutes": round(self.minutes, 2),
             "parameters": dict(self.parameters),
+            **({"template": self.template} if self.template else {}),
         }
 
     def box(self) -> Markdown:
@@ -333,6 +337,7 @@ class Provenance:
             "Versions": versions,
             "Minutes": f"{self.minutes:.1f}",
             "Parameters": parameters,
+            **({"Chat template": self.template} if self.template else {}),
         }
         return Markdown(_markdown_table(("Provenance", "of this run"), rows.items()))
 
@@ -358,6 +363,7 @@ def provenance(params: RunParams, model: LoadedModel, *, started: float | None =
         dtype=str(model.dtype).removeprefix("torch."),
         versions=versions,
         started=_IMPORTED if started is None else started,
+        template=getattr(model, "template_notes", ""),
     )
 
 
@@ -436,11 +442,12 @@ class Findings:
 
         Returns the text that the prose will show.
         """
-        from myst_nb import glue  # here, because it imports Sphinx, which no other use of findings needs
-
         plain = value.item() if hasattr(value, "item") else value
         text = format(plain, fmt)
-        glue(name, _Plain(text), display=False)
+        if importlib.util.find_spec("myst_nb") is not None:  # it is not in Colab, where no page is rendered
+            from myst_nb import glue  # here, because it imports Sphinx, which no other use of findings needs
+
+            glue(name, _Plain(text), display=False)
         self.glued[name] = {"value": _finite(plain), "text": text}
         return text
 

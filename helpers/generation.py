@@ -37,7 +37,8 @@ def generate(
     answers = [Answer("")] * len(prompts)
     interventions = tuple(interventions)
     kinds = alike(interventions, len(prompts))
-    shared = shared_start(prompts) if kinds is not None else 0
+    together = kinds is not None and model.keeps(max(map(len, prompts), default=0) + max_new_tokens)
+    shared = shared_start(prompts) if together else 0
     rest = [Example(e.ids[shared:], e.prompt_length - shared) for e in prompts]
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -94,10 +94,12 @@ def _distinct(
 
 
 def _shared_prefix(model: Model, batch: Batch) -> int:
-    """How many tokens all rows begin with and predict alike; 0 where that pays little or a hook needs whole rows."""
+    """How many tokens all rows begin with and predict alike; 0 where it pays little or a hook or block needs whole
+    rows."""
     points = model.bridge.hook_dict.values()
     hooks = [handle.user_hook for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
-    if len(batch.rows) < 2 or not all(getattr(hook, "reads_parts", False) for hook in hooks):
+    parts = all(getattr(hook, "reads_parts", False) for hook in hooks)
+    if len(batch.rows) < 2 or not parts or not model.keeps(batch.ids.shape[1]):
         return 0
     same = (batch.ids == batch.ids[0]) & batch.attention
     predicting = batch.predicting

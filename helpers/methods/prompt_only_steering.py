@@ -129,7 +129,7 @@ class States:
         shared = min(shared_start(examples), min(e.prompt_length for e in examples) - 1)
         begins = [(v, *row) for v, row in zip(of, steered[:, :shared].tolist(), strict=True)]
         first = {begin: len(begins) - 1 - i for i, begin in enumerate(reversed(begins))}
-        if len(first) == len(examples) or shared < WORTH_SHARING:
+        if len(first) == len(examples) or shared < WORTH_SHARING or not model.keeps(batch.ids.shape[1]):
             return sequence_sums(model, batch, states=states)
         with model.autocast():
             begun = model.hf.base_model(inputs_embeds=states[list(first.values()), :shared], use_cache=True)

@@ -50,11 +50,12 @@ def refusal_log_odds(
 ) -> Float[Tensor, " batch"]:
     """log P_R - log(1 - P_R), P_R being the probability of all refusal tokens together (Arditi et al. 2024).
 
-    In float64, since 1 - P_R may be tiny; `eps` is added to both. Raises `ValueError` without refusal tokens.
+    In float64 (on the CPU: not every device has it), since 1 - P_R may be tiny; `eps` is added to both. Raises
+    `ValueError` without refusal tokens.
     """
     if not refusal_ids:
         raise ValueError("Refusal needs at least one token to be recognised by, such as the first of 'I cannot'.")
-    refuses = logits.double().softmax(-1)[:, list(dict.fromkeys(refusal_ids))].sum(-1)
+    refuses = logits.cpu().double().softmax(-1)[:, list(dict.fromkeys(refusal_ids))].sum(-1)
     return (refuses + eps).log() - (1 - refuses + eps).log()
 
 
@@ -86,7 +87,7 @@ class PromptSet:
         """Raises `ValueError` if there are no prompts."""
         if not prompts:
             raise ValueError(NO_PROMPTS)
-        length = shared_start(prompts, tail)
+        length = shared_start(prompts, tail) if model.keeps(max(map(len, prompts))) else 0
         rest = [Example(e.ids[length:], len(e) - length) for e in prompts] * copies
         parts = batches(rest, batch_size, model.tokenizer.pad_token_id)
         return cls(prompts[0].ids[:length], tuple(parts), len(prompts), copies)
@@ -339,10 +340,10 @@ class _Scorer:
         each = AblateRows(bases, tuple(copy for copy in range(len(which)) for _ in prompts))
         for c, logits in zip(which, reads.last_logits(self.model, (each,)).split(len(prompts)), strict=True):
             harmful, harmless = logits.tensor_split([len(self.harmful[bad])])
-            self.log_odds[c, bad] = refusal_log_odds(harmful, self.refusal_ids).cpu()
+            self.log_odds[c, bad] = refusal_log_odds(harmful, self.refusal_ids)
             after = harmless.log_softmax(-1)
             kl = torch.nn.functional.kl_div(after, self.before[fine], log_target=True, reduction="none").sum(-1)
-            self.kl[c, fine] = kl.double().cpu()
+            self.kl[c, fine] = kl.cpu().double()
 
     @torch.no_grad()
     def _add(self, which: Sequence[int], bad: slice, fine: slice) -> None:
@@ -355,7 +356,7 @@ class _Scorer:
         each = torch.arange(len(which)).repeat_interleave(len(prompts))
         steers = [SteerRows(layer, (raw * (at == layer)[:, None])[each]) for layer in at.unique().tolist()]
         logits = reads.last_logits(self.model, (*ablating(self.ablated), *steers))
-        odds = refusal_log_odds(logits, self.refusal_ids).cpu()
+        odds = refusal_log_odds(logits, self.refusal_ids)
         self.induce[list(which), fine] = odds.view(len(which), len(prompts))
 
 
@@ -588,7 +589,7 @@ def iterated_ablation(
 
 def orthonormal(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
     """Gram-Schmidt by QR, each direction pointing the way that it did."""
-    q, r = torch.linalg.qr(directions.double().T)
+    q, r = torch.linalg.qr(directions.cpu().double().T)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.float().contiguous()
 
 
@@ -652,7 +653,7 @@ def probe_direction(
 
     if not 0 < int(harmful.sum()) < len(harmful):
         raise ValueError("A probe needs activations of both harmful and harmless prompts.")
-    x = activations.double().cpu()
+    x = activations.cpu().double()
     spread = x.std(0, correction=0)
     spread = torch.where(spread > 0, spread, 1.0)
     probe = LogisticRegression(solver="liblinear", class_weight="balanced", random_state=0, max_iter=1000)
@@ -666,7 +667,7 @@ def top_subspace(candidates: Float[Tensor, "layer position d_model"], k: int) ->
     Each difference counts with length one: late layers' would outweigh all others. Raises `ValueError` if there are
     fewer independent differences than k.
     """
-    rows = torch.nn.functional.normalize(candidates.double().flatten(0, 1), dim=-1)
+    rows = torch.nn.functional.normalize(candidates.cpu().double().flatten(0, 1), dim=-1)
     _, size, directions = torch.linalg.svd(rows, full_matrices=False)
     rank = int((size > 1e-6 * size[0]).sum())
     if not 1 <= k <= rank:
