@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
-from helpers.judge_replies import Judgement, at, error_words, only_reasons, read, shortened
+from helpers.judge_replies import Judgement, Method, at, error_words, only_reasons, read, shortened
 from helpers.judges import JudgeError, Scores, check_lengths
 
 KEY_VARIABLE = "HELPERS_JUDGE_KEY"
@@ -211,7 +211,7 @@ class APIJudge:
                     f"The reply of {self._where} holds no answer: check the address, which usually ends in /v1, and "
                     "that the server speaks the OpenAI protocol."
                 )
-            if re.search(r"could not finish the message", words, re.IGNORECASE):
+            if "could not finish the message" in words.lower():
                 return {"finish_reason": "length"}, form  # how some hosts say that reasoning took all tokens
             with self._lock:
                 if self._form == form:
@@ -285,6 +285,7 @@ class _Form:
 
     def without(self, words: str) -> "_Form | None":
         """The next form to try after a server refused this one in these words; None where they are about more."""
+        words = words.lower()
         if self.candidates and "logprobs" in words:
             allowed = [int(found) for found in _ALLOWED.findall(words) if 0 < int(found) < self.candidates]
             return replace(self, candidates=max(allowed, default=0))
@@ -297,13 +298,12 @@ class _Form:
 
 _ALLOWED = re.compile(
     r"(?:more than|at most|equal to|up to|between \d+ and|\[\d+, ?|max\w*(?: allowed)?(?: is| of)?:?"
-    r"|limit\w*(?: is| of)?:?) ?(\d{1,4})\b",
-    re.IGNORECASE,
+    r"|limit\w*(?: is| of)?:?) ?(\d{1,4})\b"
 )
 """How servers say how many log-probabilities they give."""
 
 _UNSUPPORTED = re.compile(
-    r"support|recogni[sz]ed|unknown|unexpected|not (permitted|allowed|compatible)|deprecated|instead", re.IGNORECASE
+    r"support|recogni[sz]ed|unknown|unexpected|not (permitted|allowed|compatible)|deprecated|instead"
 )
 
 
@@ -353,10 +353,13 @@ def _read_cache(path: Path) -> dict[str, Judgement]:
     for line in lines:
         try:
             entry = json.loads(line)
-            key = str(entry.pop("key"))
-            numbers = {name: math.nan if entry[name] is None else float(entry[name]) for name in ("score", "mass")}
-            known[key] = Judgement(**{**entry, **numbers})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            key = str(entry["key"])
+            score, mass = (math.nan if entry[name] is None else float(entry[name]) for name in ("score", "mass"))
+            if entry["method"] in get_args(Method) and not (score < 0 or score > 100):
+                known[key] = Judgement(
+                    score, entry["method"], int(entry["candidates"]), mass, bool(entry["greedy"]), str(entry["reply"])
+                )
+        except (ValueError, KeyError, TypeError):
             continue  # a line cut off by a crash, or of an older version: that answer is judged again
     return known
 
