@@ -17,6 +17,7 @@ Run = Mapping[str, Any]
 """A chapter's run, as `Findings.save` wrote it."""
 
 NEEDED = ("chapter", "preset", "model", "digest", "device", "dtype", "seeds", "versions", "parameters", "findings")
+FINDING = ("claim", "value", "low", "high", "n", "seeds", "controls", "verdict", "reason")
 DECIDING = ("preset", "model", "digest", "device", "dtype")
 """What has to be the same for two runs' numbers to be comparable digit by digit."""
 
@@ -212,4 +213,7 @@ def _read(path: Path) -> Run:
         raise ComparisonError(
             f"{path} is no record of a run, as it has no {missing[0]!r}: name a findings.json that a chapter saved."
         )
+    whole = all(isinstance(run[name], dict) for name in ("parameters", "versions")) and isinstance(run["findings"], list)
+    if not whole or not all(isinstance(found, dict) and {*FINDING} <= {*found} for found in run["findings"]):
+        raise ComparisonError(f"{path} is damaged: run the chapter again.")
     return run
