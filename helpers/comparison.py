@@ -213,7 +213,22 @@ def _read(path: Path) -> Run:
         raise ComparisonError(
             f"{path} is no record of a run, as it has no {missing[0]!r}: name a findings.json that a chapter saved."
         )
-    whole = all(isinstance(run[name], dict) for name in ("parameters", "versions")) and isinstance(run["findings"], list)
-    if not whole or not all(isinstance(found, dict) and {*FINDING} <= {*found} for found in run["findings"]):
+    if not _is_whole(run):
         raise ComparisonError(f"{path} is damaged: run the chapter again.")
     return run
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether what is read of a run has the types it was saved with."""
+    tables = (run["parameters"], run["versions"], run.get("judge", {}))
+    if not isinstance(run["chapter"], str) or not all(isinstance(table, dict) for table in tables):
+        return False
+    return isinstance(run["findings"], list) and all(map(_is_whole_finding, run["findings"]))
+
+
+def _is_whole_finding(found: Any) -> bool:
+    if not isinstance(found, dict) or not {*FINDING} <= {*found} or not isinstance(found["controls"], list):
+        return False
+    texts = all(isinstance(found[name], str) for name in ("claim", "verdict", "reason"))
+    numbers = all(isinstance(found[name], float | int | None) for name in ("value", "low", "high"))
+    return texts and numbers and all(isinstance(c, dict) and {"name", "state"} <= {*c} for c in found["controls"])

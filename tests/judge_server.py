@@ -5,7 +5,7 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from helpers.api_judge import APIJudge
+from helpers.judges import APIJudge
 
 
 class Server(ThreadingHTTPServer):

@@ -20,12 +20,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
-from helpers.api_judge import APIJudge
 from helpers.artifacts import default_store
 from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
 from helpers.generation import generate
 from helpers.gradients import directional_derivatives, pile_gradient
-from helpers.judges import TopicJudge, TraitJudge
+from helpers.judges import APIJudge, TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.methods.weight_steering import WeightVector, alpha_for, check_alpha, difference, finetuning_diff, steered
 from helpers.models import Model, finetuned_digest, load, release_memory

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from helpers import corpora
-from helpers.api_judge import APIJudge
 from helpers.artifacts import Store
 from helpers.chat import Answer, encode
 from helpers.experiments import weights as experiments
 from helpers.experiments.weights import WeightExperiment
 from helpers.generation import generate
 from helpers.gradients import pile_gradient
+from helpers.judges import APIJudge
 from helpers.losses import evaluate_losses
 from helpers.methods.weight_steering import WeightVector, alpha_for, difference, finetuning_diff, random_like, steered
 from helpers.params import WeightSteeringParams
