@@ -536,7 +536,8 @@ class Findings:
 
 def _judge_told(judge: Mapping[str, str | int]) -> str:
     missing = f"{judge['without a score']} of {judge['answers']} answers without a score"
-    return f"{judge['model']}, by {judge['method']}; {missing}"
+    mixed = f" ({others} by another method)" if (others := judge["by another method"]) else ""
+    return f"{judge['model']}, by {judge['method']}{mixed}; {missing}"
 
 
 class _Plain:

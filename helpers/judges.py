@@ -1159,7 +1159,7 @@ def _numbers(reply: str) -> tuple[str, list[re.Match[str]]]:
 _AFTER = re.compile(
     r"[^\S\n]*(?:points?\b|per ?cent\b)?[^\S\n]*"
     r"(?:$|[!;:)\]|\n(\[]|[.,](?!\d)|[-–—](?=\s)|(?:because|since|as|for)\b"
-    r"|on (?:a|the|this|that|your)\b.{0,20}\bscale\b)"
+    r"|on (?:a|the|this|that|your)\s+scale\b(?: (?:of|from))?\s*(?:$|[.,;!)\n]))"
 )
 _CUT_AFTER = re.compile(r"[^\S\n]*(?:\n|[.!]\s|,? (?:because|since)\b)")
 
@@ -1169,6 +1169,11 @@ _BREAK = re.compile(r"[.,:;!?()\[\]\n=|–—]|\s-\s")
 _NEGATION = re.compile(
     r"\b(not|no|nor|never|cannot|neither|without|unable|refuse|decline|if|unless|than|least|most|under|over|below"
     r"|above|between|minus|instead)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_NO_RATING = re.compile(
+    r"\b(refuse|decline|unable to|(cannot|can['’]?t|won['’]?t|will not|do not|don['’]?t) "
+    r"(rate|score|judge|evaluate|assess|answer|give|assign|provide|comply))\b",
     re.IGNORECASE,
 )
 _INTRODUCTION = re.compile(
@@ -1181,7 +1186,7 @@ _INTRODUCTION = re.compile(
 
 def _introduces(before: str) -> bool:
     """Whether what stands before a number leaves it a score."""
-    if _UNCLEAR.search(before):
+    if _UNCLEAR.search(before) or _NO_RATING.search(before):
         return False
     clause = re.sub(r"[^\w\s'’]", " ", _BREAK.split(before)[-1]).strip()
     return not _NEGATION.search(clause) and _INTRODUCTION.search(clause) is not None
