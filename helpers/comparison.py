@@ -206,7 +206,7 @@ def _listed(names: Iterable[str]) -> str:
 def _read(path: Path) -> Run:
     try:
         run = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ComparisonError(f"{path} cannot be read ({error}): run the chapter again.") from None
     missing = [name for name in NEEDED if not isinstance(run, dict) or name not in run]
     if missing:
