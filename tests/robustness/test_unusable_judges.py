@@ -1,4 +1,4 @@
-"""Whatever a judge's server sends: a score where the reply clearly is one, no score where it is not, or one sentence."""
+"""Whatever a judge's server sends: a score where the reply clearly is one, else no score, or one sentence."""
 
 import math
 import socket
