@@ -207,23 +207,22 @@ def test_of_two_books_the_chapters_that_were_judged_alike_are_compared(save, tmp
     assert f"not compared, since A was judged by {TWENTY} and B by text" in text
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda run: run.update(chapter=["01"]),
-        lambda run: run.update(parameters=None),
-        lambda run: run.update(versions="1.0"),
-        lambda run: run.update(judge="text"),
-        lambda run: run.update(findings={}),
-        lambda run: run["findings"].append("reproduced"),
-        lambda run: run["findings"][0].pop("verdict"),
-        lambda run: run["findings"][0].update(value="high"),
-        lambda run: run["findings"][0].update(claim=["a"]),
-        lambda run: run["findings"][0].update(controls=None),
-        lambda run: run["findings"][0].update(controls=[{"name": "the placebo"}]),
-    ],
-    ids="chapter parameters versions judge findings finding verdict value claim controls control".split(),
-)
+DAMAGE = {
+    "chapter": lambda run: run.update(chapter=["01"]),
+    "parameters": lambda run: run.update(parameters=None),
+    "versions": lambda run: run.update(versions="1.0"),
+    "judge": lambda run: run.update(judge="text"),
+    "findings": lambda run: run.update(findings={}),
+    "a finding": lambda run: run["findings"].append("reproduced"),
+    "a verdict": lambda run: run["findings"][0].pop("verdict"),
+    "a value": lambda run: run["findings"][0].update(value="high"),
+    "a claim": lambda run: run["findings"][0].update(claim=["a"]),
+    "controls": lambda run: run["findings"][0].update(controls=None),
+    "a control": lambda run: run["findings"][0].update(controls=[{"name": "the placebo"}]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_record_that_lost_a_part_is_said_to_be_damaged(save, damage):
     one, other = save("a", [HIGH]), save("b", [HIGH]) / "findings.json"
     run = json.loads(other.read_text("utf-8"))
