@@ -147,6 +147,29 @@ def test_where_the_probabilities_cannot_be_read_the_text_counts_and_provenance_s
     assert judge.record()["method"] == "text"
 
 
+# Replies in other forms
+
+FORMS = {
+    "an older form of probabilities": ({**choice("85"), "logprobs": {"tokens": ["85"], "token_logprobs": [-0.1]}}, 85),
+    "a message alone": ({"message": {"content": "85"}}, 85),
+    "a number in place of text": (choice(85), 85),
+    "parts": (choice([{"type": "text", "text": "85"}]), 85),
+    "candidates with the blank of SentencePiece": (choice("85", [candidates("\u258185", {"\u258185": 1.0})]), 85),
+    "a likely token that goes on": (choice("7/10", [candidates("7", {"7": 0.5, "70": 0.5})]), math.nan),
+    "a refusal beside the text": (choice(None, refusal="I will not."), math.nan),
+    "a filter": (choice(None, finish="content_filter"), math.nan),
+    "a call of a tool": (choice(None, tool_calls=[{"id": "1"}]), math.nan),
+    "a table in place of text": (choice({"text": "85"}), math.nan),
+    "truth in place of text": (choice(True), math.nan),
+}
+
+
+@pytest.mark.parametrize(("reply", "score"), FORMS.values(), ids=FORMS)
+def test_a_reply_in_another_form_is_read_or_has_no_score(reply, score):
+    with Server(chat(reply)) as server:
+        assert ask(server)[1].score == pytest.approx(score, nan_ok=True)
+
+
 # Servers that refuse a part of the request
 
 REFUSALS = {
@@ -204,10 +227,14 @@ USELESS = {
     "an empty table": ((200, {}), "holds no answer"),
     "nothing": ((200, b""), "holds no answer"),
     "a web page": ((200, b"<html><body>Welcome!</body></html>"), "holds no answer"),
+    "a stream": ((200, b'data: {"choices": []}\n\ndata: [DONE]\n'), "holds no answer"),
     "JSON that breaks off": ((200, b'{"choices": [{"mess'), "holds no answer"),
     "bytes": ((200, bytes(range(256))), "holds no answer"),
     "JSON too deep to read": ((200, b"[" * 100_000), "holds no answer"),
     "no such model": (failure(404, "The model 'judge' does not exist."), "does not exist"),
+    "an object that is an error": ((200, {"object": "error", "message": "Not loaded."}), r"Not loaded\."),
+    "no money": (failure(402, "pay first"), "402 pay first"),
+    "a server that is down": ((503, b"<html><style>p {}</style><p>Down</p></html>"), "503 Down"),
     "no such page": ((404, b"<html><h1>404 Not Found</h1></html>"), "404"),
     "a bad request without words": ((400, b""), "."),
     "no key": (failure(401, "no key"), f"{KEY_VARIABLE} is not set"),
@@ -217,6 +244,7 @@ USELESS = {
     "a broken gateway": ((502, b"<html>Bad Gateway</html>"), "Bad Gateway"),
     "an overlong error": (failure(400, "no\n" * 5000), r"no no .*\.\.\."),
     "a prompt that is too long": (failure(400, "This model's context length is 512 tokens."), "context length"),
+    "a refusal whatever is sent": (failure(400, "Unsupported parameter: 'max_tokens'."), "Unsupported parameter"),
     "reasoning, and empty": (chat(choice("", finish="length")), "switch its reasoning off"),
     "reasoning, and null": (chat(choice(None, finish="length")), "switch its reasoning off"),
     "reasoning beside it": (chat(choice("", reasoning_content="Well, ")), "switch its reasoning off"),
@@ -270,6 +298,7 @@ ADDRESSES = {
     "no host": ("http://", "is no address"),
     "another scheme": ("ftp://localhost/v1", "is no address"),
     "a port that is none": ("http://localhost:port/v1", "is no address"),
+    "no such port": ("http://localhost:99999/v1", "is no address"),
     "a path too far": ("http://localhost:8000/v1/chat/completions", "goes too far"),
     "a password": ("http://me:hunter2@localhost/v1", "Leave user and password out"),
 }
