@@ -955,7 +955,7 @@ def _checked_address(url: str) -> str:
         parts = httpx.URL("")
     if parts.userinfo:
         raise JudgeError(f"Leave user and password out of the judge's address; put a key into {KEY_VARIABLE}.")
-    if parts.scheme not in ("http", "https") or not parts.host:
+    if parts.scheme not in ("http", "https") or not parts.host or (parts.port or 0) > 65535:
         raise JudgeError(f"{url!r} is no address of a judge: give one such as http://localhost:8000/v1.")
     if parts.path.rstrip("/").endswith("/completions"):
         raise JudgeError(f"The judge's address {url!r} goes too far: leave out what follows /v1.")
