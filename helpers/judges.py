@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, get_args, runtime_checkable
 
@@ -759,10 +758,20 @@ class APIJudge:
         prompts = [self._prompt(measure, q, a) for q, a in zip(questions, answers, strict=True)]
         # Distinct prompts are asked once; what is done when an error ends the run is in the cache already.
         distinct = list(dict.fromkeys(prompts))
+        failed: list[JudgeError] = []
+
+        def ask(prompt: str) -> Judgement:
+            if failed:  # nothing more is sent, also by workers that took a prompt before the pool is shut down
+                raise failed[0]
+            try:
+                return self._judge(prompt, patience=min(SILENT, len(distinct)))
+            except JudgeError as error:
+                failed.append(error)
+                raise
+
         pool = ThreadPoolExecutor(max_workers=self.workers)
         try:
-            judge = partial(self._judge, patience=min(SILENT, len(distinct)))
-            by_prompt = dict(zip(distinct, pool.map(judge, distinct), strict=True))
+            by_prompt = dict(zip(distinct, pool.map(ask, distinct), strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
         return [by_prompt[prompt] for prompt in prompts]

@@ -688,7 +688,7 @@ def test_the_key_is_sent_and_shows_up_nowhere_else(tmp_path, monkeypatch):
         assert server.keys == [f"Bearer {KEY}"]
         with pytest.raises(JudgeError) as caught:
             judge.score(["q"], ["another"])
-    assert judgement.score == 55
+    assert judgement.reply == "55 [key]"
     cached = (tmp_path / "judgements.jsonl").read_text()
     shown = [repr(judge), repr(judgement), cached, str(caught.value)]
     assert not any(KEY in text for text in shown)
