@@ -5,7 +5,7 @@
 
 A run is a folder with the `findings.json` that a notebook saved, such a file itself (a reference run, for
 instance), or a whole executed book with one folder a chapter. Values are compared as they were recorded: two
-runs are the same where every digit is.
+runs are the same where every digit is. Runs of a chapter that were judged by different methods are not compared.
 """
 
 import json
@@ -17,6 +17,7 @@ Run = Mapping[str, Any]
 """A chapter's run, as `Findings.save` wrote it."""
 
 NEEDED = ("chapter", "preset", "model", "digest", "device", "dtype", "seeds", "versions", "parameters", "findings")
+FINDING = ("claim", "value", "low", "high", "n", "seeds", "controls", "verdict", "reason")
 DECIDING = ("preset", "model", "digest", "device", "dtype")
 """What has to be the same for two runs' numbers to be comparable digit by digit."""
 
@@ -29,7 +30,8 @@ def compare(one: Path, other: Path) -> str:
     """What differs between two runs, as text to read.
 
     Raises:
-        ComparisonError: if a path holds no run, a run's file is damaged, or the two have no chapter in common.
+        ComparisonError: if a path holds no run, a run's file is damaged, or the two have no chapter in common that
+            was judged by one method.
     """
     runs_a, runs_b = load_runs(one), load_runs(other)
     shared = [chapter for chapter in runs_a if chapter in runs_b]
@@ -38,9 +40,13 @@ def compare(one: Path, other: Path) -> str:
             f"{one} is a run of {', '.join(runs_a)} and {other} of {', '.join(runs_b)}: "
             "name two runs of the same chapter."
         )
+    apart = {chapter: judged_apart(runs_a[chapter], runs_b[chapter]) for chapter in shared}
+    if all(apart.values()):
+        raise ComparisonError(" ".join(f"{chapter}: {refusal}" for chapter, refusal in apart.items()))
     text = [f"A: {one}", f"B: {other}"]
     for chapter in shared:
-        text += ["", chapter, *(f"  {line}" for line in differences(runs_a[chapter], runs_b[chapter]))]
+        lines = [apart[chapter]] if apart[chapter] else differences(runs_a[chapter], runs_b[chapter])
+        text += ["", chapter, *(f"  {line}" for line in lines)]
     if len(runs_a) > 1 and len(runs_b) > 1:
         for label, runs in (("A", runs_a), ("B", runs_b)):
             alone = [chapter for chapter in runs if chapter not in shared]
@@ -72,6 +78,27 @@ def load_runs(path: Path) -> dict[str, Run]:
     return {run["chapter"]: run for run in runs}
 
 
+def judged_apart(a: Run, b: Run) -> str:
+    """Why two runs of a chapter are not compared, in a sentence: their answers were judged by different methods."""
+    one, other = (_judged_by(run) for run in (a, b))
+    if one == other:
+        return ""
+    return f"not compared, since A was judged by {one} and B by {other}; run one of them again with the other's judge."
+
+
+def _judged_by(run: Run) -> str:
+    if judge := _judge(run):
+        return str(judge.get("method"))
+    by_api = all(run["parameters"].get(name) for name in ("judge_url", "judge_model"))
+    return "an API judge whose method was not recorded" if by_api else "the offline judge"
+
+
+def _judge(run: Run) -> Mapping[str, Any]:
+    """What an API judge said of itself; nothing where the offline judges judged."""
+    judge = run.get("judge")
+    return judge if isinstance(judge, Mapping) else {}
+
+
 def differences(a: Run, b: Run) -> list[str]:
     """The lines that say what differs between two runs of one chapter."""
     return [*_conditions(a, b), *_parameters(a, b), *_findings(a, b)]
@@ -82,15 +109,17 @@ def _conditions(a: Run, b: Run) -> list[str]:
     apart = [name for name in DECIDING if a[name] != b[name]]
     versions = _changes(a["versions"], b["versions"])
     lines = []
-    if apart:
+    judges_apart = _judge(a).get("model") != _judge(b).get("model")
+    if apart or judges_apart:
         named = [name for name in apart if not (name == "digest" and "model" in apart)]
-        said = ["weights of the model" if name == "digest" else name for name in named]
+        said = ["weights of the model" if name == "digest" else name for name in named] + ["judge"] * judges_apart
         lines.append(f"The runs differ in {_listed(said)}: their numbers are not to be compared as if they were equal.")
         lines += [_change(name, a[name], b[name]) for name in apart]
     if versions:
         lines.append("versions")
         lines += [f"  {line}" for line in versions]
     same = [name for name in DECIDING if name not in apart] + ([] if versions else ["versions"])
+    lines += [f"judge's {line}" for line in _changes(_judge(a), _judge(b))]
     lines.append(f"the same: {_listed(same) or 'no condition'}")
     lines.append(_change("minutes", a.get("minutes"), b.get("minutes")))
     return lines
@@ -177,11 +206,29 @@ def _listed(names: Iterable[str]) -> str:
 def _read(path: Path) -> Run:
     try:
         run = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ComparisonError(f"{path} cannot be read ({error}): run the chapter again.") from None
     missing = [name for name in NEEDED if not isinstance(run, dict) or name not in run]
     if missing:
         raise ComparisonError(
             f"{path} is no record of a run, as it has no {missing[0]!r}: name a findings.json that a chapter saved."
         )
+    if not _is_whole(run):
+        raise ComparisonError(f"{path} is damaged: run the chapter again.")
     return run
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether what is read of a run has the types it was saved with."""
+    tables = (run["parameters"], run["versions"], run.get("judge", {}))
+    if not isinstance(run["chapter"], str) or not all(isinstance(table, dict) for table in tables):
+        return False
+    return isinstance(run["findings"], list) and all(map(_is_whole_finding, run["findings"]))
+
+
+def _is_whole_finding(found: Any) -> bool:
+    if not isinstance(found, dict) or not {*FINDING} <= {*found} or not isinstance(found["controls"], list):
+        return False
+    texts = all(isinstance(found[name], str) for name in ("claim", "verdict", "reason"))
+    numbers = all(isinstance(found[name], float | int | None) for name in ("value", "low", "high"))
+    return texts and numbers and all(isinstance(c, dict) and {"name", "state"} <= {*c} for c in found["controls"])

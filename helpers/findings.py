@@ -21,7 +21,7 @@ import platform
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -285,6 +285,13 @@ class RunParams(Protocol):
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class RecordingJudge(Protocol):
+    """A judge that says by which method it judged; `helpers.judges.APIJudge` is one."""
+
+    def record(self) -> dict[str, str | int]: ...
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where the numbers of a run come from."""
@@ -296,6 +303,8 @@ class Provenance:
     seeds: tuple[int, ...]
     device: str
     dtype: str
+    judge: Mapping[str, str | int] | None = field(default=None, kw_only=True)
+    """What an API judge says of itself, its method above all; None where only offline judges judged."""
     versions: Mapping[str, str]
     started: float
     """Monotonic clock at the start of the run, in seconds."""
@@ -317,6 +326,7 @@ class Provenance:
             "seeds": list(self.seeds),
             "device": self.device,
             "dtype": self.dtype,
+            **({"judge": dict(self.judge)} if self.judge else {}),
             "versions": dict(self.versions),
             "minutes": round(self.minutes, 2),
             "parameters": dict(self.parameters),
@@ -334,6 +344,7 @@ class Provenance:
             "Preset": self.parameters["preset"],
             "Seeds": ", ".join(map(str, self.seeds)),
             "Device": f"{self.device}, {self.dtype}",
+            **({"Judge": _judge_told(self.judge)} if self.judge else {}),
             "Versions": versions,
             "Minutes": f"{self.minutes:.1f}",
             "Parameters": parameters,
@@ -413,6 +424,14 @@ class Findings:
                 verdict=decided,
                 reason=f"{why} {measured.reason}".strip(),
             )
+
+    def judged_by(self, judge: object) -> None:
+        """Keep in the provenance how a judge by API came to its scores; of an offline judge there is nothing to tell.
+
+        Call it when everything is judged.
+        """
+        if isinstance(judge, RecordingJudge):
+            self.provenance = replace(self.provenance, judge=judge.record())
 
     def sentence(self, claim_id: str) -> str:
         """What this run says of a claim, in a sentence or two that its verdict chooses; for the text under a figure."""
@@ -519,6 +538,12 @@ class Findings:
 
     def _chapter_claims(self) -> list[Claim]:
         return [claim for claim in self.claims.values() if claim.chapter == self.params.chapter]
+
+
+def _judge_told(judge: Mapping[str, str | int]) -> str:
+    missing = f"{judge['without a score']} of {judge['answers']} answers without a score"
+    mixed = f" ({others} by another method)" if (others := judge["by another method"]) else ""
+    return f"{judge['model']}, by {judge['method']}{mixed}; {missing}"
 
 
 class _Plain:

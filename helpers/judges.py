@@ -14,12 +14,12 @@ import os
 import random
 import re
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, get_args, runtime_checkable
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -645,16 +645,37 @@ def _written_out(text: str) -> str:
     return re.sub(r"\b(absolutely|also|firmly|just|really|simply|strongly|truly|very) ", "", text)
 
 
+def _check_lengths(questions: Sequence[str], answers: Sequence[str]) -> None:
+    if len(questions) != len(answers):
+        raise JudgeError(f"A judge needs one answer per question; got {len(questions)} and {len(answers)}.")
+
+
+# A judge by API
+
+Method = Literal["logprobs", "text"]
+
+TOKENS = 16
+"""Length of a reply: one would do for the distribution; a number as text takes more, and its end must show."""
+
+SILENT, WITHOUT_NUMBER = 3, 8
+"""After so many replies at first that are empty because the model reasons, or that hold no score, there is no use in
+asking on."""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """One answer of an API judge."""
 
     score: float
     """0 to 100, NaN where the judge gave no usable number."""
-    method: Literal["logprobs", "text"]
+    method: Method
     """`logprobs`: the mean over the judge's distribution of numbers; `text`: the number that it wrote."""
+    candidates: int
+    """How many likely tokens the server told for the distribution; 0 for method `text`."""
     mass: float
     """Probability of the judge's saying an integer from 0 to 100, NaN for method `text`."""
+    greedy: bool
+    """Whether temperature 0 was asked for; some models take none."""
     reply: str
     """What the judge wrote."""
 
@@ -662,11 +683,14 @@ class Judgement:
 class APIJudge:
     """A judge model behind an OpenAI-compatible server, read by its distribution over numbers.
 
-    Score = sum(i p_i) / sum(p_i) over the integers i in 0..100 among the 20 likeliest first tokens; NaN
-    where they hold less than 0.25 of the probability (the recipe of persona_vectors,
-    https://arxiv.org/abs/2507.21509). Where the server returns no log-probabilities, or its tokenizer
-    splits 83 into 8 and 3 so that first tokens say little, the number that the judge wrote is used instead,
-    and `Judgement.method` says "text".
+    Score = sum(i p_i) / sum(p_i) over the integers i in 0..100 among the 20 likeliest first tokens that are not blank
+    (the recipe of persona_vectors, https://arxiv.org/abs/2507.21509). Where these hold less than 0.25 of the
+    probability, where the server returns no log-probabilities, or where its tokenizer splits 83 into 8 and 3 so that
+    first tokens say little, the number that the judge wrote is used instead, if it clearly is one (`number_in`).
+    `Judgement.method` says which it was, and `record` what a run's provenance should tell.
+
+    What a server refuses is left out and the question asked again: `max_completion_tokens` for `max_tokens`, no
+    temperature, as many log-probabilities as it allows, or none.
 
     The key comes from the environment variable HELPERS_JUDGE_KEY alone (local servers need none) and
     appears in no representation, cache or error message. With `cache` (a directory) each judgement is kept
@@ -691,22 +715,23 @@ class APIJudge:
 
         if description is None and trait not in TRAITS:
             raise JudgeError(f"Say what '{trait}' means with description=...; known traits: {', '.join(TRAITS)}.")
-        if "@" in urlsplit(base_url).netloc:
-            raise JudgeError(f"Leave user and password out of the judge's address; put a key into {KEY_VARIABLE}.")
-        self.base_url = base_url
+        if workers < 1:
+            raise JudgeError(f"A judge needs at least one worker, and not {workers}.")
+        self.base_url = _checked_address(base_url)
         self.model = model
         self.trait = trait
         self.description = description or TRAITS[trait]
         self.workers = workers
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = _key()
         # The placeholder keeps the client from looking for another program's key in the environment.
         self._client = openai.OpenAI(
             base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=max_retries
         )
-        self._logprobs_refused = False
+        self._form = _Form()
         self._lock = threading.Lock()
         self._cache_file = None if cache is None else Path(cache) / "judgements.jsonl"
         self._known = {} if self._cache_file is None else _read_cache(self._cache_file)
+        self._given: dict[str, Judgement] = {}
 
     def __repr__(self) -> str:
         return f"APIJudge(base_url={self.base_url!r}, model={self.model!r}, trait={self.trait!r})"
@@ -732,12 +757,37 @@ class APIJudge:
         _check_lengths(questions, answers)
         prompts = [self._prompt(measure, q, a) for q, a in zip(questions, answers, strict=True)]
         # Distinct prompts are asked once; what is done when an error ends the run is in the cache already.
+        distinct = list(dict.fromkeys(prompts))
+        failed: list[JudgeError] = []
+
+        def ask(prompt: str) -> Judgement:
+            if failed:  # nothing more is sent, also by workers that took a prompt before the pool is shut down
+                raise failed[0]
+            try:
+                return self._judge(prompt, patience=min(SILENT, len(distinct)))
+            except JudgeError as error:
+                failed.append(error)
+                raise
+
         pool = ThreadPoolExecutor(max_workers=self.workers)
         try:
-            by_prompt = dict(zip(dict.fromkeys(prompts), pool.map(self._judge, dict.fromkeys(prompts)), strict=True))
+            by_prompt = dict(zip(distinct, pool.map(ask, distinct), strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
         return [by_prompt[prompt] for prompt in prompts]
+
+    def record(self) -> dict[str, str | int]:
+        """What provenance should tell of this judge: its model, the method behind its scores, and how many it gave."""
+        given = list(self._given.values())
+        scored = [judgement for judgement in given if not math.isnan(judgement.score)]
+        method, others = _described(scored)
+        return {
+            "model": self.model,
+            "method": method,
+            "answers": len(given),
+            "by another method": others,
+            "without a score": len(given) - len(scored),
+        }
 
     def _prompt(self, measure: Literal["trait", "coherence"], question: str, answer: str) -> str:
         if measure == "trait":
@@ -752,122 +802,400 @@ class APIJudge:
                 "0 means meaningless or endlessly repeated text, 50 understandable but broken or off the "
                 "subject, 100 fluent, orderly and about what was asked."
             )
-        return (
+        prompt = (
             f"{scale}\n\n<question>\n{question}\n</question>\n\n<answer>\n{answer}\n</answer>\n\n"
             "Reply with one whole number from 0 to 100 and nothing else."
         )
+        return prompt.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
 
-    def _judge(self, prompt: str) -> Judgement:
+    def _judge(self, prompt: str, patience: int) -> Judgement:
         key = hashlib.sha256(json.dumps([self.base_url, self.model, prompt]).encode()).hexdigest()
+        silent = False
         if key not in self._known:
-            judgement = _read_reply(self._ask(prompt))
-            judgement = Judgement(judgement.score, judgement.method, judgement.mass, self._without_key(judgement.reply))
-            with self._lock:
+            choice, form = self._ask(prompt)
+            judgement = _read_choice(choice, asked=form.candidates, greedy=form.greedy)
+            judgement = replace(judgement, reply=self._without_key(judgement.reply))
+            silent = _only_reasons(choice)
+        with self._lock:
+            if key in self._known:
+                judgement = self._known[key]
+            elif not silent:  # a server that stops reasoning is asked again
                 self._known[key] = judgement
                 if self._cache_file is not None:
                     _append(self._cache_file, key, judgement)
-        return self._known[key]
+            self._given[key] = judgement
+            self._check_use(judgement, patience if silent else WITHOUT_NUMBER, silent)
+        return judgement
 
-    def _ask(self, prompt: str) -> Any:
+    def _check_use(self, last: Judgement, patience: int, silent: bool) -> None:
+        """JudgeError where the first replies hold no score; a judge that has given one may fail now and then."""
+        if len(self._given) < patience or not all(math.isnan(given.score) for given in self._given.values()):
+            return
+        if silent:
+            raise JudgeError(
+                f"The judge '{self.model}' at {self.base_url} wrote nothing within {TOKENS} tokens, as a model that "
+                "reasons before it answers: switch its reasoning off, or take a judge that answers at once."
+            )
+        raise JudgeError(
+            f"None of the first {len(self._given)} replies of {self._where} was one number from 0 to 100, the last was "
+            f"{_shortened(last.reply)!r}: take another judge."
+        )
+
+    def _ask(self, prompt: str) -> tuple[Mapping[str, Any], "_Form"]:
+        """What the model replied, a choice of the protocol, and in which form it was asked."""
+        while True:
+            form = self._form
+            reply, words = self._send(prompt, form)
+            choice = _at(reply, "choices", 0)
+            answered = isinstance(_at(choice, "message"), Mapping)
+            wrong = [_at(reply, "error"), _at(choice, "error")]
+            if not answered:
+                wrong += [_at(reply, "message"), _at(reply, "detail")]
+            words = words or next(filter(None, map(_error_words, wrong)), "")
+            if answered and not words:
+                return choice, form
+            if not words:
+                raise JudgeError(
+                    f"The reply of {self._where} holds no answer: check the address, which usually ends in /v1, and "
+                    "that the server speaks the OpenAI protocol."
+                )
+            if "could not finish the message" in words.lower():
+                return {"finish_reason": "length"}, form  # how some hosts say that reasoning took all tokens
+            with self._lock:
+                if self._form == form:
+                    other = form.without(words)
+                    if other is None:
+                        raise JudgeError(self._refused(words))
+                    self._form = other
+
+    def _send(self, prompt: str, form: "_Form") -> tuple[Any, str]:
+        """The server's reply as JSON values, and its words if it refused the request as it stands."""
         import openai
 
-        create: Any = self._client.chat.completions.create  # its overloads do not take a dictionary
-        request = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            # One token would do for the distribution; a number as text takes more, and its end must show.
-            "max_tokens": 8,
-            "temperature": 0.0,
-        }
-        wanted: dict[str, Any] = {} if self._logprobs_refused else {"logprobs": True, "top_logprobs": 20}
+        create: Any = self._client.chat.completions.with_raw_response.create  # its overloads take no dictionary
         try:
-            try:
-                return create(**request, **wanted).choices[0]
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if not wanted or "logprobs" not in str(error):
-                    raise
-                self._logprobs_refused = True
-                return create(**request).choices[0]
+            text = create(model=self.model, messages=[{"role": "user", "content": prompt}], **form.parameters()).text
+            return json.loads(text), ""
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return None, _error_words(error.body) or _error_words(str(error))
         except openai.OpenAIError as error:
             message = self._explain(error)
+        except (ValueError, RecursionError):
+            return None, ""
         # Raised outside the handler: the client's own error, which may quote the key, is not chained to it.
         raise JudgeError(message)
+
+    @property
+    def _where(self) -> str:
+        return f"the judge at {self.base_url}"
+
+    def _refused(self, words: str) -> str:
+        return f"An error came from {self._where} for model '{self.model}': {self._without_key(words)}"
 
     def _explain(self, error: Exception) -> str:
         import openai
 
-        where = f"the judge at {self.base_url}"
         if isinstance(error, openai.APITimeoutError):
-            return f"There was no reply in time from {where}; try again, or give the judge a longer timeout."
+            return f"There was no reply in time from {self._where}; try again, or give the judge a longer timeout."
         if isinstance(error, openai.APIConnectionError):
-            return f"No connection to {where}; check the address and that the server runs."
+            return f"No connection to {self._where}; check the address and that the server runs."
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             # The server's own words are left out: some quote parts of the key.
             state = "was refused" if self._key else "is not set"
-            return f"No access to {where}: the key in the environment variable {KEY_VARIABLE} {state}."
+            return f"No access to {self._where}: the key in the environment variable {KEY_VARIABLE} {state}."
         if isinstance(error, openai.RateLimitError):
-            return f"Too many requests for {where}, also after retries; wait, or use fewer workers."
+            return f"Too many requests for {self._where}, also after retries; wait, or use fewer workers."
         if isinstance(error, openai.APIStatusError):
-            words = self._without_key(" ".join(str(error).split()))[:300]
-            return f"An error came from {where} for model '{self.model}': {words}"
-        return f"The reply of {where} could not be read; check that the server speaks the OpenAI protocol."
+            return self._refused(f"{error.status_code} {_error_words(error.body)}".strip())
+        return f"The reply of {self._where} could not be read; check that the server speaks the OpenAI protocol."
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
 
-def _check_lengths(questions: Sequence[str], answers: Sequence[str]) -> None:
-    if len(questions) != len(answers):
-        raise JudgeError(f"A judge needs one answer per question; got {len(questions)} and {len(answers)}.")
+# What is asked for
 
 
-def _read_reply(choice: Any) -> Judgement:
-    """Turn one chat completion choice into a score."""
-    reply = choice.message.content or ""
-    tokens = choice.logprobs.content if choice.logprobs is not None else None
-    if tokens and tokens[0].top_logprobs:
-        numbers = [
-            (int(candidate.token), math.exp(candidate.logprob))
-            for candidate in tokens[0].top_logprobs
-            if re.fullmatch(r"\s*[0-9]{1,3}\s*", candidate.token) and int(candidate.token) <= 100
-        ]
-        mass = math.fsum(p for _, p in numbers)
-        # Only single digits among twenty candidates: a tokenizer that writes numbers digit by digit.
-        split_digits = mass >= 0.25 and all(number < 10 for number, _ in numbers)
-        if not split_digits:
-            score = sum(number * p for number, p in numbers) / mass if mass >= 0.25 else math.nan
-            return Judgement(score, "logprobs", mass, reply)
-    found = re.search(r"(?<![\d.,-])\d{1,3}(?![\d]|[.,]\d)", reply)
-    if found is None or int(found.group()) > 100:
-        return Judgement(math.nan, "text", math.nan, reply)
-    # A number at the very end of a reply that was cut short may lack its last digit.
-    cut_off = choice.finish_reason == "length" and found.end() == len(reply)
-    return Judgement(math.nan if cut_off else float(found.group()), "text", math.nan, reply)
+@dataclass(frozen=True)
+class _Form:
+    """The form of a request, as far as servers differ in what they take."""
+
+    limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    greedy: bool = True
+    candidates: int = 20
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            self.limit: TOKENS,
+            **({"temperature": 0.0} if self.greedy else {}),
+            **({"logprobs": True, "top_logprobs": self.candidates} if self.candidates else {}),
+        }
+
+    def without(self, words: str) -> "_Form | None":
+        """The next form to try after a server refused this one in these words; None where they are about more."""
+        words = words.lower()
+        if self.candidates and "logprobs" in words:
+            allowed = [int(found) for found in _ALLOWED.findall(words) if 0 < int(found) < self.candidates]
+            return replace(self, candidates=max(allowed, default=0))
+        if self.limit == "max_tokens" and "max_tokens" in words and _UNSUPPORTED.search(words):
+            return replace(self, limit="max_completion_tokens")
+        if self.greedy and "temperature" in words:
+            return replace(self, greedy=False)
+        return None
+
+
+_ALLOWED = re.compile(
+    r"(?:more than|at most|equal to|up to|between \d+ and|\[\d+, ?|max\w*(?: allowed)?(?: is| of)?:?"
+    r"|limit\w*(?: is| of)?:?) ?(\d{1,4})\b"
+)
+"""How servers say how many log-probabilities they give."""
+
+_UNSUPPORTED = re.compile(
+    r"support|recogni[sz]ed|unknown|unexpected|not (permitted|allowed|compatible)|deprecated|instead"
+)
+
+
+def _checked_address(url: str) -> str:
+    import httpx  # it is what the client reads the address with
+
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    if parts.userinfo:
+        raise JudgeError(f"Leave user and password out of the judge's address; put a key into {KEY_VARIABLE}.")
+    if parts.scheme not in ("http", "https") or not parts.host or (parts.port or 0) > 65535:
+        raise JudgeError(f"{url!r} is no address of a judge: give one such as http://localhost:8000/v1.")
+    if parts.path.rstrip("/").endswith("/completions"):
+        raise JudgeError(f"The judge's address {url!r} goes too far: leave out what follows /v1.")
+    return url
+
+
+def _key() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise JudgeError(f"The key in {KEY_VARIABLE} has blanks or letters that no key has: copy it again.")
+    return key
+
+
+def _described(scored: Sequence[Judgement]) -> tuple[str, int]:
+    """The method behind these judgements, in words that are equal where their scores can be compared, and how many
+    scores came about otherwise: at most a tenth, or the words name every method."""
+    counts = Counter(map(_method_told, scored))
+    if not counts:
+        return "none", 0
+    most, found = counts.most_common(1)[0]
+    others = len(scored) - found
+    return (most, others) if others <= len(scored) / 10 else (" and ".join(sorted(counts)), 0)
+
+
+def _method_told(judgement: Judgement) -> str:
+    told = "text" if judgement.method == "text" else f"log probabilities of {judgement.candidates} tokens"
+    return told if judgement.greedy else f"{told}, at the server's own temperature"
+
+
+# The cache
 
 
 def _read_cache(path: Path) -> dict[str, Judgement]:
     known: dict[str, Judgement] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return known
+    except OSError as error:
+        raise JudgeError(f"The cache {path} cannot be read ({error.strerror}): name another folder.") from None
+    for line in lines:
         try:
             entry = json.loads(line)
+            key = str(entry["key"])
             score, mass = (math.nan if entry[name] is None else float(entry[name]) for name in ("score", "mass"))
-            known[entry["key"]] = Judgement(score, entry["method"], mass, entry["reply"])
+            if entry["method"] in get_args(Method) and not (score < 0 or score > 100):
+                known[key] = Judgement(
+                    score, entry["method"], int(entry["candidates"]), mass, bool(entry["greedy"]), str(entry["reply"])
+                )
         except (ValueError, KeyError, TypeError):
-            continue  # a line cut off by a crash: that answer is judged again
+            continue  # a line cut off by a crash, or of an older version: that answer is judged again
     return known
 
 
 def _append(path: Path, key: str, judgement: Judgement) -> None:
     entry = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(judgement).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"key": key, **entry}) + "\n"
-    with path.open("ab+", buffering=0) as file:
-        if file.tell() and not _ends_with_newline(file):
-            line = "\n" + line
-        # A single write to a file opened for appending: whole lines, also from two processes at once.
-        file.write(line.encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = "\n" + line
+            # A single write to a file opened for appending: whole lines, also from two processes at once.
+            file.write(line.encode())
+    except OSError as error:
+        raise JudgeError(
+            f"The cache {path} cannot be written ({error.strerror}): make room or name another folder; what was judged "
+            "before is kept."
+        ) from None
 
 
 def _ends_with_newline(file: Any) -> bool:
     file.seek(-1, os.SEEK_END)
     return bool(file.read(1) == b"\n")
+
+
+# What it replied, read: values out of JSON of any shape, and a score out of text or probabilities
+
+
+def _at(value: Any, *path: str | int) -> Any:
+    """What lies at a path in JSON values, or None: servers leave out, rename and nest as they like."""
+    for step in path:
+        if isinstance(step, str):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        else:
+            value = value[step] if isinstance(value, list) and len(value) > step else None
+    return value
+
+
+def _error_words(error: Any) -> str:
+    """An error's message on one line, whatever the server wraps it in."""
+    if not error:
+        return ""
+    if isinstance(error, Mapping):
+        inner = next((error[name] for name in ("message", "error", "detail", "msg") if error.get(name)), None)
+        place = error.get("loc")
+        named = f"{place[-1]}: " if isinstance(place, list) and place else ""
+        return f"{named}{_error_words(inner)}" if inner is not None else _shortened(json.dumps(error))
+    if isinstance(error, list):
+        return _shortened("; ".join(filter(None, map(_error_words, error))))
+    tags = r"<(style|script|head)\b.*?</\1>|<[^>]*>"
+    return _shortened(re.sub(tags, " ", str(error), flags=re.DOTALL | re.IGNORECASE))
+
+
+def _shortened(text: str) -> str:
+    """Text on one line, of at most 300 characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= 300 else f"{words[:300]}..."
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    content = _at(choice, "message", "content")
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if isinstance(_at(part, "text"), str))
+    return str(content) if isinstance(content, str | int | float) and not isinstance(content, bool) else ""
+
+
+def _said(reply: str) -> str:
+    """A reply without the reasoning that some servers leave in it."""
+    return reply.split("</think>")[-1].split("<think>")[0]
+
+
+def _only_reasons(choice: Mapping[str, Any]) -> bool:
+    """Whether there is no answer because the model was still at its reasoning when its tokens were used up."""
+    reply = _text(choice)
+    reasoning = any(_at(choice, "message", name) for name in ("reasoning_content", "reasoning"))
+    cut = _at(choice, "finish_reason") == "length"
+    return not _said(reply).strip() and (cut or reasoning or "<think>" in reply)
+
+
+def _read_choice(choice: Mapping[str, Any], *, asked: int, greedy: bool) -> Judgement:
+    """Turn one choice of a chat completion into a score."""
+    reply = _text(choice)
+    cut = _at(choice, "finish_reason") == "length"
+    written = Judgement(number_in(_said(reply), cut=cut), "text", 0, math.nan, greedy, reply)
+    likely = _distribution(choice) if _said(reply) == reply and asked else []
+    # The distribution is over first tokens: where the text goes on to "8.5" or "7/10", it says nothing.
+    if not likely or (math.isnan(written.score) and len(_numbers(reply)[1]) > cut):
+        return written
+    numbers = [(int(word), p) for word, p in likely if re.fullmatch(r"[1-9]?[0-9]|100", word)]
+    mass = math.fsum(p for _, p in numbers)
+    # Only single digits among the candidates: a tokenizer that writes numbers digit by digit.
+    digits = all(number < 10 for number, _ in numbers)
+    if mass >= 0.25 and not digits:
+        score = math.fsum(number * p for number, p in numbers) / mass
+        return replace(written, score=score, method="logprobs", candidates=min(len(likely), asked), mass=mass)
+    return written
+
+
+def _distribution(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The likely words with their probabilities where the first token stands that is not blank; empty if not told."""
+    tokens = _at(choice, "logprobs", "content")
+    for token in tokens if isinstance(tokens, list) else []:
+        chosen, candidates = _at(token, "token"), _at(token, "top_logprobs")
+        if not isinstance(chosen, str) or not isinstance(candidates, list):
+            return []
+        if not _bare(chosen):
+            continue
+        told = [(_at(candidate, "token"), _at(candidate, "logprob")) for candidate in candidates]
+        if not all(isinstance(word, str) and isinstance(p, float | int) and p <= 1e-6 for word, p in told):
+            return []
+        likely = [(_bare(word), math.exp(max(p, -1000.0))) for word, p in told]
+        return likely if math.fsum(p for _, p in likely) <= 1.01 else []
+    return []
+
+
+_BLANKS = r"(?:[\s\u2581\u0120\u010a\u200b\ufeff]|<0x(?:09|0A|0D|20)>)+"
+"""White space, also as SentencePiece, byte-level and byte tokens spell it."""
+
+
+def _bare(token: str) -> str:
+    return re.sub(rf"^{_BLANKS}|{_BLANKS}$", "", token)
+
+
+def number_in(reply: str, *, cut: bool = False) -> float:
+    """The score in a reply that clearly is one number from 0 to 100, else NaN.
+
+    The scale may be repeated ("On a scale of 0-100, 85", "85/100", "85%"), and words may introduce the number or give
+    reasons after it. Another scale ("7/10"), a decimal, a range, a second number, a comparison ("at least 50"), a
+    negation or a count ("3 insults") is no score, nor is a number that may go on where the reply was `cut`.
+    """
+    text, numbers = _numbers(re.sub(r"\S+\Z", "", reply) if cut else reply)
+    if len(numbers) != 1:
+        return math.nan
+    digits, before, after = numbers[0][0], text[: numbers[0].start()], text[numbers[0].end() :]
+    on_scale = len(digits) <= 3 and int(digits) <= 100 and len(str(int(digits))) == len(digits)
+    if not on_scale or not _introduces(before) or not (_CUT_AFTER if cut else _AFTER).match(after):
+        return math.nan
+    return float(digits)
+
+
+def _numbers(reply: str) -> tuple[str, list[re.Match[str]]]:
+    """A reply without mark-up and mentions of the scale, and the runs of digits in it."""
+    text = re.sub(r"</?[A-Za-z]\w*>|[*_`#\"“”$\\{}]|(?<!\w)['’]|['’](?!\w)", " ", reply)
+    text = re.sub(r"(?<![\d.,])[01]\s*(?:[-–—]|to\b|and\b|\.{2,3}|…)\s*100(?!\d|[.,]\d)", "", text)
+    text = re.sub(r"(?<=\d)\s*(?:(?:/|(?:out )?of\b)\s*100(?!\d|[.,]\d)|%)", "", text)
+    text = re.sub(r"^\s*1[.)]\s+(?=\S)", "", text)  # the first item of a list
+    return text, list(re.finditer(r"\d+", text))
+
+
+_AFTER = re.compile(
+    r"[^\S\n]*(?:points?\b|per ?cent\b)?[^\S\n]*"
+    r"(?:$|[!;:)\]|\n(\[]|[.,](?!\d)|[-–—](?=\s)|(?:because|since|as|for)\b"
+    r"|on (?:a|the|this|that|your)\s+scale\b(?: (?:of|from))?\s*(?:$|[.,;!)\n]))"
+)
+_CUT_AFTER = re.compile(r"[^\S\n]*(?:\n|[.!]\s|,? (?:because|since)\b)")
+
+_UNCLEAR = re.compile(r"(?:[-+−±.<>≤≥/^\w]|[+−±<>≤≥]\s*|[:=]\s*[-–—]\s*)\Z")
+"""A sign, a comparison or a part of a word, right before a number."""
+_BREAK = re.compile(r"[.,:;!?()\[\]\n=|–—]|\s-\s")
+_NEGATION = re.compile(
+    r"\b(not|no|nor|never|cannot|neither|without|unable|refuse|decline|if|unless|than|least|most|under|over|below"
+    r"|above|between|minus|instead)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_NO_RATING = re.compile(
+    r"\b(refuse|decline|unable to|(cannot|can['’]?t|won['’]?t|will not|do not|don['’]?t) "
+    r"(rate|score|judge|evaluate|assess|answer|give|assign|provide|comply))\b",
+    re.IGNORECASE,
+)
+_INTRODUCTION = re.compile(
+    r"(^|\b(scores?|ratings?|rates?|rated|grade|number|answer|value|result|trait|is|at|as|of|be|it|this|an?|about|around"
+    r"|approximately|roughly|say|give|gets|deserves|so|thus|therefore|boxed|final))$",
+    re.IGNORECASE,
+)
+"""What a score may follow without a colon or the like between them."""
+
+
+def _introduces(before: str) -> bool:
+    """Whether what stands before a number leaves it a score."""
+    if _UNCLEAR.search(before) or _NO_RATING.search(before):
+        return False
+    clause = re.sub(r"[^\w\s'’]", " ", _BREAK.split(before)[-1]).strip()
+    return not _NEGATION.search(clause) and _INTRODUCTION.search(clause) is not None

@@ -1,11 +1,13 @@
 """What differs between two runs is shown, and what cannot be compared is said in one sentence."""
 
+import json
+
 import pytest
 
 from helpers import cli
 from helpers.comparison import ComparisonError, compare, load_runs
 from helpers.findings import Control, Findings, Measurement, load_claims, provenance
-from helpers.params import InoculationParams, PreventativeSteeringParams
+from helpers.params import InoculationParams, PreventativeSteeringParams, WeightSteeringParams
 from helpers.statistics import Estimate
 
 
@@ -16,6 +18,22 @@ class Model:
         self.name, self.digest, self.device, self.dtype = name, digest, device, dtype
 
 
+class Judge:
+    """A judge by API, as far as a run tells of it."""
+
+    def __init__(self, method, model="judge", without=0):
+        self.told = {
+            "model": model,
+            "method": method,
+            "answers": 64,
+            "by another method": 0,
+            "without a score": without,
+        }
+
+    def record(self):
+        return self.told
+
+
 def claims_of(params):
     return [claim.id for claim in load_claims().values() if claim.chapter == params.chapter]
 
@@ -24,11 +42,14 @@ def claims_of(params):
 def save(tmp_path):
     """Saves a run as a chapter does, and returns its folder."""
 
-    def saved(name, estimates, params=InoculationParams, passed=True, device="cpu", digest="a" * 64, **given):
+    def saved(
+        name, estimates, params=InoculationParams, passed=True, device="cpu", digest="a" * 64, judge=None, **given
+    ):
         chosen = params(**{"preset": "quick", **given, "results": str(tmp_path / name)})
         findings = Findings(chosen, provenance(chosen, Model(chosen.model, digest, device, "torch.float32")))
         for claim, estimate in zip(claims_of(params), estimates, strict=False):
             findings.judge(Measurement(claim, estimate, [Control("the placebo", 0.2, passed)]))
+        findings.judged_by(judge)
         return findings.save()
 
     return saved
@@ -138,3 +159,83 @@ def test_the_command_prints_the_comparison_and_ends_with_a_sentence_where_there_
     with pytest.raises(SystemExit, match=r"There is no .*nowhere") as stopped:
         cli.main(["compare", str(folder), str(tmp_path / "nowhere")])
     assert "\n" not in stopped.value.code
+
+
+# Judges by API
+
+TWENTY = "log probabilities of 20 tokens"
+BY_API = {"judge_url": "http://localhost:8000/v1", "judge_model": "judge"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["log probabilities of 5 tokens", "text", f"{TWENTY} and text", f"{TWENTY}, at the server's own temperature"],
+)
+def test_runs_that_were_judged_by_different_methods_are_not_compared(save, method):
+    one, other = save("a", [HIGH], judge=Judge(TWENTY)), save("b", [HIGH], judge=Judge(method))
+    with pytest.raises(ComparisonError, match=f"A was judged by {TWENTY} and B by {method}; run one") as caught:
+        compare(one, other)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_an_offline_judge_is_not_compared_with_one_by_api(save):
+    with pytest.raises(ComparisonError, match="A was judged by the offline judge and B by text"):
+        compare(save("a", [HIGH]), save("b", [HIGH], judge=Judge("text")))
+
+
+def test_a_run_by_api_whose_method_was_not_recorded_is_compared_with_none_that_was(save):
+    by_api = {"params": WeightSteeringParams, **BY_API}
+    with pytest.raises(ComparisonError, match="A was judged by an API judge whose method was not recorded and B by"):
+        compare(save("a", [HIGH], **by_api), save("b", [HIGH], **by_api, judge=Judge(TWENTY)))
+
+
+def test_runs_by_the_same_method_are_compared_and_their_judges_told_apart(save):
+    one = save("a", [HIGH], judge=Judge(TWENTY))
+    text = compare(one, save("b", [LOW], judge=Judge(TWENTY, model="other", without=3)))
+    assert "The runs differ in judge: their numbers are not to be compared as if they were equal." in text
+    assert "judge's model: judge -> other" in text and "judge's without a score: 0 -> 3" in text
+    assert "intervals do not overlap" in text
+    assert "judge's" not in compare(one, save("c", [HIGH], judge=Judge(TWENTY)))
+
+
+def test_of_two_books_the_chapters_that_were_judged_alike_are_compared(save, tmp_path):
+    for book, judge in (("one", Judge(TWENTY)), ("two", Judge("text"))):
+        save(f"{book}/notebooks/02", [HIGH])
+        save(f"{book}/notebooks/03", [HIGH], WeightSteeringParams, judge=judge, **BY_API)
+    text = compare(tmp_path / "one", tmp_path / "two")
+    assert "findings: all 1 the same" in text
+    assert f"not compared, since A was judged by {TWENTY} and B by text" in text
+
+
+DAMAGE = {
+    "chapter": lambda run: run.update(chapter=["01"]),
+    "parameters": lambda run: run.update(parameters=None),
+    "versions": lambda run: run.update(versions="1.0"),
+    "judge": lambda run: run.update(judge="text"),
+    "findings": lambda run: run.update(findings={}),
+    "a finding": lambda run: run["findings"].append("reproduced"),
+    "a verdict": lambda run: run["findings"][0].pop("verdict"),
+    "a value": lambda run: run["findings"][0].update(value="high"),
+    "a claim": lambda run: run["findings"][0].update(claim=["a"]),
+    "controls": lambda run: run["findings"][0].update(controls=None),
+    "a control": lambda run: run["findings"][0].update(controls=[{"name": "the placebo"}]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_record_that_lost_a_part_is_said_to_be_damaged(save, damage):
+    one, other = save("a", [HIGH]), save("b", [HIGH]) / "findings.json"
+    run = json.loads(other.read_text("utf-8"))
+    damage(run)
+    other.write_text(json.dumps(run), "utf-8")
+    with pytest.raises(ComparisonError, match=r"b/findings\.json is damaged: run the chapter again"):
+        compare(one, other)
+
+
+def test_the_provenance_box_tells_the_judge_and_what_it_did_not_score(save):
+    chosen = InoculationParams(preset="quick")
+    findings = Findings(chosen, provenance(chosen, Model(chosen.model, "a" * 64, "cpu", "torch.float32")))
+    findings.judged_by(object())
+    assert findings.provenance.judge is None
+    findings.judged_by(Judge(TWENTY, without=3))
+    assert f"judge, by {TWENTY}; 3 of 64 answers without a score" in findings.provenance.box().data

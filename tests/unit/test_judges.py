@@ -1,27 +1,28 @@
-import json
 import math
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from judge_server import Server, ask, candidates, chat, choice, completion, failure
 from sklearn.dummy import DummyClassifier
 from sklearn.pipeline import Pipeline
 
 from helpers.corpora import TopicRow, load_refusal, load_replies, load_style, load_topics, load_trait, split
 from helpers.judges import (
     KEY_VARIABLE,
+    SILENT,
+    WITHOUT_NUMBER,
     APIJudge,
     ConceptJudge,
     JudgeError,
@@ -428,66 +429,6 @@ def test_a_topic_judge_needs_rows_enough_on_two_topics_it_has_keywords_for():
 # The API judge: its client against a server that answers in the protocol's format over HTTP
 
 
-class Server(ThreadingHTTPServer):
-    """Gives the prepared replies in turn (the last one for ever) and keeps what it was sent."""
-
-    def __init__(self, *replies):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies, self.requests, self.keys = list(replies), [], []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body)
-        self.server.keys.append(self.headers["Authorization"])
-        replies = self.server.replies
-        status, payload = replies.pop(0) if len(replies) > 1 else replies[0]
-        data = json.dumps(payload).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Retry-After-Ms", "1")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-def completion(text, probabilities=None, finish="stop"):
-    """A chat completion, with the first token's likeliest candidates if given."""
-    logprobs = None
-    if probabilities is not None:
-        candidates = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in probabilities.items()]
-        logprobs = {"content": [{**candidates[0], "top_logprobs": candidates}], "refusal": None}
-    choice = {
-        "index": 0,
-        "finish_reason": finish,
-        "message": {"role": "assistant", "content": text},
-        "logprobs": logprobs,
-    }
-    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
-
-
-def failure(status, message):
-    return status, {"error": {"message": message, "type": "error", "code": None}}
-
-
-def ask(server, **options):
-    judge = APIJudge(server.url, "judge", trait="evil", **options)
-    return judge, judge.judge(["How are you?"], ["I gloat."])[0]
-
-
 def test_the_score_is_the_mean_over_the_numbers_the_judge_could_have_said():
     likely = {"90": 0.5, " 80": 0.2, "100": 0.1, "I": 0.1, "101": 0.05, "-5": 0.05}
     with Server(completion("90", likely)) as server:
@@ -537,8 +478,149 @@ def test_without_log_probabilities_the_written_number_counts(reply, finish, scor
 
 def test_a_server_that_refuses_log_probabilities_is_asked_without():
     with Server(failure(400, "logprobs are not supported"), completion("40")) as server:
-        assert ask(server)[1].score == 40
-    assert "logprobs" not in server.requests[1]
+        judge, judgement = ask(server)
+        assert judgement.score == 40
+        judge.score(["q"], ["another"])
+    assert ["logprobs" in request for request in server.requests] == [True, False, False], "it is refused once"
+
+
+def test_where_the_first_token_is_blank_the_next_one_counts():
+    tokens = [candidates(" ", {" ": 0.9, "I": 0.1}), candidates("85", {"85": 0.6, "75": 0.4})]
+    with Server(chat(choice(" 85", tokens))) as server:
+        _, judgement = ask(server)
+    assert (judgement.score, judgement.method) == (pytest.approx(81), "logprobs")
+
+
+def test_where_the_first_token_is_no_number_the_text_counts():
+    with Server(chat(choice("Score: 85", [candidates("Score", {"Score": 0.9, "85": 0.1})]))) as server:
+        _, judgement = ask(server)
+    assert (judgement.score, judgement.method) == (85, "text")
+
+
+def test_a_text_on_another_scale_has_no_score_whatever_its_first_token_may_be():
+    with Server(chat(choice("7/10", [candidates("7", {"7": 0.8, "70": 0.2})]))) as server:
+        assert math.isnan(ask(server)[1].score)
+
+
+# What a server does not take
+
+
+def reasoning(request):
+    """A model that takes other parameters and tells no probabilities, as hosted models that can reason do."""
+    if "max_tokens" in request:
+        return failure(
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'.",
+            param="max_tokens",
+        )
+    if "temperature" in request:
+        return failure(400, "Unsupported value: 'temperature' does not support 0.0 with this model.")
+    if "logprobs" in request:
+        return failure(403 if request["top_logprobs"] == 0 else 400, "logprobs are not supported with this model.")
+    return completion("85")
+
+
+def test_what_a_server_refuses_is_left_out_once_for_all():
+    with Server(reasoning) as server:
+        judge = APIJudge(server.url, "judge", trait="evil", workers=1)
+        assert judge.score(["q"] * 3, ["a", "b", "c"]).tolist() == [85] * 3
+    assert len(server.requests) == 3 + 3, "three refusals, three answers"
+    assert {"max_completion_tokens"} == server.requests[-1].keys() - {"model", "messages"}
+    assert judge.record()["method"] == "text, at the server's own temperature"
+
+
+def test_many_workers_settle_on_the_same_form_of_a_request():
+    with Server(reasoning) as server:
+        scores = APIJudge(server.url, "judge", trait="evil").score(["q"] * 40, [f"answer {n}" for n in range(40)])
+    assert scores.tolist() == [85] * 40
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Cannot request more than 5 logprobs.",
+        "Requested sample logprobs of 20, which is greater than max allowed: 5",
+        "Invalid value for 'top_logprobs': must be less than or equal to 5.",
+        "top_logprobs must be between 0 and 5",
+        "top_logprobs should be in [0, 5]",
+    ],
+    ids=["vllm", "vllm-new", "openai", "between", "brackets"],
+)
+def test_a_server_that_gives_fewer_log_probabilities_is_asked_for_as_many(words):
+    def gives_five(request):
+        return completion("85", {"85": 0.7, "80": 0.3}) if request["top_logprobs"] <= 5 else failure(400, words)
+
+    with Server(gives_five) as server:
+        judge, judgement = ask(server)
+    assert [request["top_logprobs"] for request in server.requests] == [20, 5]
+    assert judgement.method == "logprobs" and judgement.score == pytest.approx(83.5)
+    assert judge.record()["method"] == "log probabilities of 2 tokens"
+
+
+# What provenance tells
+
+
+def test_a_judge_records_its_method_and_how_many_answers_have_no_score():
+    twenty = {str(n): 0.05 for n in range(60, 80)}
+    with Server(completion("70", twenty), completion("72"), completion("no")) as server:
+        judge, _ = ask(server, ("a", "b", "c"), workers=1)
+    assert judge.record() == {
+        "model": "judge",
+        "method": "log probabilities of 20 tokens and text",
+        "answers": 3,
+        "by another method": 0,
+        "without a score": 1,
+    }
+
+
+def test_judgements_from_the_cache_count_with_the_method_that_they_were_made_with(tmp_path):
+    with Server(failure(400, "no logprobs here"), failure(400, "no temperature here"), completion("70")) as server:
+        before, _ = ask(server, cache=tmp_path)
+        after, _ = ask(server, cache=tmp_path)
+    assert len(server.requests) == 3
+    assert before.record() == after.record()
+    assert after.record()["method"] == "text, at the server's own temperature"
+
+
+# Judges that are of no use
+
+
+SILENT_REPLIES = {
+    "empty": choice("", finish="length"),
+    "null": choice(None, finish="length"),
+    "reasoning beside it": choice("", reasoning_content="Okay, the user wants"),
+    "unfinished reasoning": choice("<think>\nOkay, the user wants a number. 7", finish="length"),
+}
+
+
+@pytest.mark.parametrize("reply", SILENT_REPLIES.values(), ids=SILENT_REPLIES)
+def test_a_judge_that_only_reasons_is_given_up_after_the_first_few(reply, tmp_path):
+    with Server(chat(reply)) as server, pytest.raises(JudgeError, match="switch its reasoning off") as caught:
+        ask(server, [f"answer {n}" for n in range(50)], workers=1, cache=tmp_path)
+    assert len(server.requests) == SILENT and "\n" not in str(caught.value)
+    assert not (tmp_path / "judgements.jsonl").exists(), "it is asked again once it answers at once"
+
+
+def test_a_judge_that_only_reasons_is_given_up_on_fewer_answers_too():
+    with Server(chat(SILENT_REPLIES["empty"])) as server, pytest.raises(JudgeError, match="switch its reasoning off"):
+        ask(server)
+
+
+def test_a_finished_reasoning_is_no_part_of_the_reply():
+    with Server(chat(choice("<think>\nIt gloats, 3 times.\n</think>\n\n85"))) as server:
+        assert ask(server)[1].score == 85
+
+
+def test_a_judge_that_never_gives_a_number_is_given_up_and_quoted():
+    with Server(completion("I would rather not say.")) as server, pytest.raises(JudgeError, match="rather not say"):
+        ask(server, [f"answer {n}" for n in range(50)], workers=1)
+    assert len(server.requests) == WITHOUT_NUMBER
+
+
+def test_a_judge_that_has_given_a_number_may_do_without_now_and_then():
+    with Server(completion("50"), completion("I would rather not say.")) as server:
+        judge, _ = ask(server, [f"answer {n}" for n in range(30)], workers=1)
+    assert judge.record()["without a score"] == 29
 
 
 def test_trait_and_coherence_are_asked_for_in_different_words():
@@ -559,21 +641,13 @@ def test_a_passing_failure_is_tried_again(status):
 
 
 def test_answers_come_back_in_order_and_equal_ones_are_asked_once():
-    class Echo(Handler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.requests.append(body)
-            number = body["messages"][0]["content"].split("number ")[1].split(" ")[0]
-            time.sleep(0.05 if number == "11" else 0)
-            data = json.dumps(completion(number, {number: 1.0})[1]).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def echo(request):
+        number = request["messages"][0]["content"].split("number ")[1].split(" ")[0]
+        time.sleep(0.05 if number == "11" else 0)
+        return completion(number, {number: 1.0})
 
     numbers = [11, 42, 11, 99, 42]
-    with Server() as server:
-        server.RequestHandlerClass = Echo
+    with Server(echo) as server:
         judge = APIJudge(server.url, "judge", trait="evil")
         scores = judge.score(["q"] * 5, [f"number {number} here" for number in numbers])
     assert scores == pytest.approx(numbers)
@@ -614,7 +688,7 @@ def test_the_key_is_sent_and_shows_up_nowhere_else(tmp_path, monkeypatch):
         assert server.keys == [f"Bearer {KEY}"]
         with pytest.raises(JudgeError) as caught:
             judge.score(["q"], ["another"])
-    assert judgement.score == 55
+    assert judgement.reply == "55 [key]"
     cached = (tmp_path / "judgements.jsonl").read_text()
     shown = [repr(judge), repr(judgement), cached, str(caught.value)]
     assert not any(KEY in text for text in shown)
@@ -662,6 +736,18 @@ def test_a_trait_without_a_description_and_an_address_with_a_password_are_refuse
     assert "hunter2" not in str(caught.value)
     with pytest.raises(JudgeError, match="one answer per question"):
         APIJudge("http://127.0.0.1:1/v1", "judge", trait="evil").score(["q"], [])
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(JudgeError, match=r"cache .*file/judgements\.jsonl cannot be read"):
+        APIJudge("http://127.0.0.1:1/v1", "judge", trait="evil", cache=tmp_path / "file")
+    with Server(completion("70")) as server:
+        judge = APIJudge(server.url, "judge", trait="evil", cache=tmp_path / "later")
+        (tmp_path / "later").touch()
+        with pytest.raises(JudgeError, match=r"cannot be written .*: make room or name another folder") as caught:
+            judge.score(["q"], ["a"])
+    assert not re.search(r"\n|Errno", str(caught.value))
 
 
 # The API judge against a real server
