@@ -170,9 +170,12 @@ def _megabytes(size: int) -> str:
 def _without_widgets(notebook: Any) -> Any:
     """An executed notebook whose cells show no widgets, such as the progress of loading a model.
 
-    They would stay on the page, which would ask the network for the scripts that draw them.
+    They would stay on the page, which would ask the network for the scripts that draw them. Nor does the page show the
+    cell that papermill has put in, since the box with the provenance names the parameters.
     """
     for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("remove-cell")
         if cell.cell_type == "code":
             cell.outputs = [
                 o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
