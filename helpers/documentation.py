@@ -38,8 +38,7 @@ def summary(module: ModuleType) -> list[str]:
     names = [name for name in dict.fromkeys(defined + constants) if not name.startswith("_")]
     if not names:
         return []
-    listed = [f"   ~{module.__name__}.{name}" for name in names]
-    return ["", ".. autosummary::", "   :nosignatures:", "", *listed, ""]
+    return ["", ".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in names), ""]
 
 
 def as_restructured_text(lines: list[str]) -> None:
