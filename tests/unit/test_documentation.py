@@ -69,11 +69,10 @@ def test_a_module_has_an_example_that_gives_what_it_says(module, tmp_path, monke
     monkeypatch.setenv("HELPERS_STORE", str(tmp_path))
     monkeypatch.chdir(PROJECT)
     examples = re.findall(r"^```pycon\n(.+?)^```$", SECTIONS[module], flags=re.DOTALL | re.MULTILINE)
-    assert examples and module in examples[0] or f"from {module.rpartition('.')[0]} import" in examples[0]
+    assert examples
     for example in examples:
         said = io.StringIO()
-        options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-        runner = doctest.DocTestRunner(optionflags=options)
+        runner = doctest.DocTestRunner()
         runner.run(doctest.DocTestParser().get_doctest(example, {}, module, None, 0), out=said.write)
         assert runner.summarize(verbose=False).failed == 0, said.getvalue()
 
