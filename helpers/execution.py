@@ -270,11 +270,14 @@ def _clean(notebook: Any) -> str:
     """An executed notebook's text, which says nothing of this machine and shows no widgets.
 
     Widgets, such as the progress of loading a model, would stay on the page, which would ask the network for the
-    scripts that draw them.
+    scripts that draw them. Nor does the page show the cell that papermill has put in, since the box with the provenance
+    names the parameters.
     """
     import nbformat
 
     for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("remove-cell")
         if cell.cell_type == "code":
             cell.outputs = [
                 o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})

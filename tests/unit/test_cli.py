@@ -59,6 +59,13 @@ def test_progress_drawn_as_a_widget_is_left_out_since_a_page_would_ask_the_netwo
     assert "widget" not in output.read_text()
 
 
+def test_the_cell_that_puts_parameters_in_is_left_out_of_the_page(notebook, tmp_path):
+    output = tmp_path / "out.ipynb"
+    run(notebook, output, "-p", "layer", "1")
+    (injected,) = (c for c in nbformat.read(output, as_version=4).cells if "layer = 1" in c.source)
+    assert "remove-cell" in injected.metadata.tags
+
+
 def test_a_failing_cell_gives_one_sentence_and_keeps_the_partial_notebook(notebook, tmp_path):
     output = tmp_path / "out.ipynb"
     with pytest.raises(SystemExit) as stopped:
