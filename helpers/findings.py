@@ -473,8 +473,8 @@ class Findings:
         rows = []
         for claim in self._chapter_claims():
             finding = self.found.get(claim.id)
-            statement, expectation = map(plain, (claim.statement, _expectation(claim)))
-            expected = f"**{statement}** Counts as reproduced if: {expectation}."
+            statement, asked = map(plain, (claim.statement, expectation(claim)))
+            expected = f"**{statement}** Counts as reproduced if: {asked}."
             if finding is None:
                 rows.append((expected, "", f"{badge('not judged')} Not measured in this run."))
                 continue
@@ -562,6 +562,13 @@ def outcome(claim: Claim, record: Mapping[str, Any] | None) -> str:
     return f"**{plain(claim.statement)}** {badge(record['verdict'])} {number(record, claim.unit)}; {asked}."
 
 
+def expectation(claim: Claim) -> str:
+    """What is measured for a claim, and which value counts as reproduced."""
+    limit = "at least" if claim.direction == "above" else "at most"
+    source = "" if claim.source_value is None else f" (source: {_number(claim.source_value)})"
+    return f"{claim.metric}: {limit} {_number(claim.threshold)} {claim.unit}{source}"
+
+
 def plain(text: str) -> str:
     """Text for Markdown in which a star is a star."""
     return text.replace("*", r"\*")
@@ -600,12 +607,6 @@ def _uncapped(sentence: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _expectation(claim: Claim) -> str:
-    limit = "at least" if claim.direction == "above" else "at most"
-    source = "" if claim.source_value is None else f" (source: {_number(claim.source_value)})"
-    return f"{claim.metric}: {limit} {_number(claim.threshold)} {claim.unit}{source}"
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
