@@ -23,7 +23,7 @@ PRESET = config.get("preset", "quick")
 GIVEN = config.get("parameters", {})
 TREE = f"book/executed/{PRESET}"
 SITE = f"{TREE}/_build/html"
-GENERATED = ["book/scoreboard", "book/status", "book/map", "book/parameters"]
+GENERATED = ["book/overview", "book/scoreboard", "book/status", "book/map", "book/parameters"]
 
 PAGES = [str(page) for page in parse_toc_yaml("_toc.yml")]
 CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
@@ -90,6 +90,7 @@ rule pages:
         expand(f"{TREE}/notebooks/{{chapter}}/provenance.json", chapter=CHAPTERS),
     output:
         expand(f"{TREE}/{{page}}.md", page=GENERATED),
+        directory(f"{TREE}/book/figures"),
     shell:
         "python -m helpers status --tree {TREE}"
 

@@ -49,7 +49,7 @@ def with_captions(notebook: Any, folder: Path) -> Any:
     moved = []
     for cell, caption in figures_of(notebook):
         about = cell.metadata.figure
-        source = f" This is {_sources(about.source)}." if about.get("source") else ""
+        source = f" It corresponds to the source's {about.source}." if about.get("source") else ""
         files = [folder / f"{table}.csv" for table in about.data]
         text = f"{' '.join(caption.source.split())}{source}\n\nData: {links(file for file in files if file.exists())}."
         cell.metadata.setdefault("mystnb", {})["figure"] = {"name": about.name, "caption": text}
@@ -84,10 +84,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", _read)
     app.connect("env-get-updated", _renumber, priority=900)  # after Sphinx has given its numbers
     return {"parallel_read_safe": True}
-
-
-def _sources(place: str) -> str:
-    return f"the source's {place}"
 
 
 def _number(page: str) -> int:

@@ -41,27 +41,23 @@ def scoreboard(
         "What each source claims, and what came out. One mark is one claim.",
         matrix(claims, runs),
         "\n".join(f"- {badge(verdict)}: {meaning}." for verdict, meaning in MEANINGS.items()),
-        "The controls of each claim are in its chapter's table of claims.",
+        "Under each table stands why claims were not reproduced. The controls are in a chapter's table of claims.",
     ]
     for chapter, here in by_chapter(claims).items():
         run, reference = runs.get(chapter), references.get(chapter)
-        text += [f"## {_number(chapter)}", f"{{doc}}`../notebooks/{chapter}`" + (f", {_place(run)}." if run else "")]
-        everywhere = _reason_of_all(here, run)
-        if everywhere:
-            text.append(everywhere)
+        text += [f"## {_number(chapter)}", f"{{doc}}`../notebooks/{chapter}`" + (f", {place_of(run)}." if run else "")]
         rows = []
-        for claim in here:
-            found = finding(run, claim)
-            row = [_statement(claim), *_number_and_verdict(found, claim, reason=not everywhere)]
+        for place, claim in enumerate(here, 1):
+            row = [f"{_label(chapter, place)} {_statement(claim)}", *_number_and_verdict(finding(run, claim), claim)]
             if reference:
-                row.append(" ".join(reversed(_number_and_verdict(finding(reference, claim), claim, reason=False))))
+                row.append(" ".join(reversed(_number_and_verdict(finding(reference, claim), claim))))
             rows.append([*row, _where(claim, shown)])
-        beside = [f"reference: {_place(reference)}"] if reference else []
+        beside = [f"reference: {place_of(reference)}"] if reference else []
         header = ["claim", "value [95% interval]", "verdict", *beside, "see"]
-        text.append(f":::{{div}} verdicts\n{markdown_table(header, rows)}\n:::")
+        text += [f":::{{div}} verdicts claims\n{markdown_table(header, rows)}\n:::", _reasons(chapter, here, run)]
     if not references:
         text.append("No reference run is kept in this copy of the book.")
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join(filter(None, text)) + "\n"
 
 
 def matrix(claims: Mapping[str, Claim], runs: Mapping[str, Run]) -> str:
@@ -155,7 +151,7 @@ def _conditions(run: Run) -> str:
     return markdown_table(["", "used"], rows)
 
 
-def _place(run: Run) -> str:
+def place_of(run: Run) -> str:
     """Which run it was, in a few words."""
     return f"{run['preset']}, {run['parameters']['model']}, {run['device']}"
 
@@ -165,23 +161,35 @@ def _sorted(claims: Mapping[str, Claim]) -> list[tuple[str, list[Claim]]]:
     return [(chapter, [claim for claim in claims.values() if claim.chapter == chapter]) for chapter in chapters]
 
 
+def _label(chapter: str, place: int) -> str:
+    """What a claim is called in the list of reasons: the chapter's number and its place in the table."""
+    return f"{int(chapter.split('_')[0])}.{place}"
+
+
 def _statement(claim: Claim) -> str:
     """The claim, and in small print how it is measured, what it must reach, and where the source says it."""
-    small = f"{expectation(claim)}. {claim.source}, {claim.where}."
-    return f"{plain(claim.statement)}<br><small>{plain(small)} <code>{claim.id}</code></small>"
+    small = f"{expectation(claim)}; {claim.where}."
+    return f"**{plain(claim.statement)}**<br><small>{plain(small)} <code>{claim.id}</code></small>"
 
 
-def _number_and_verdict(found: Mapping[str, Any] | None, claim: Claim, *, reason: bool) -> list[str]:
+def _number_and_verdict(found: Mapping[str, Any] | None, claim: Claim) -> list[str]:
     if found is None:
-        return ["", f"{badge('not judged')} not measured"]
-    why = f"<br><small>{plain(found['reason'])}</small>" if reason and found["verdict"] != "reproduced" else ""
-    return [number(found, claim.unit), badge(found["verdict"]) + why]
+        return ["", badge("not judged")]
+    return [number(found, claim.unit), badge(found["verdict"])]
 
 
-def _reason_of_all(claims: Sequence[Claim], run: Run | None) -> str:
-    """The reason that all claims of a chapter share, so that it's said once; empty if they share none."""
-    reasons = {found["reason"] if (found := finding(run, claim)) else "" for claim in claims}
-    return reasons.pop() if len(claims) > 1 and len(reasons) == 1 else ""
+def _reasons(chapter: str, claims: Sequence[Claim], run: Run | None) -> str:
+    """Why claims were not reproduced, each reason once, as a list."""
+    named: dict[str, list[str]] = {}
+    for place, claim in enumerate(claims, 1):
+        found = finding(run, claim)
+        if found is None or found["verdict"] != "reproduced":
+            named.setdefault(found["reason"] if found else "Not measured in this run.", []).append(
+                _label(chapter, place)
+            )
+    if len(named) == 1 and len(next(iter(named.values()))) == len(claims):
+        return f"All: {plain(next(iter(named)))}"
+    return "\n".join(f"- {', '.join(labels)}: {plain(reason)}" for reason, labels in named.items())
 
 
 def _where(claim: Claim, shown: Set[str]) -> str:
