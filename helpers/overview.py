@@ -71,7 +71,7 @@ def headline(
     central = next(claim for claim in claims.values() if claim.figure == figure and claim.central)
     return (
         f":::{{image}} figures/{chapter}.png\n:alt: {pictured[chapter]}\n:class: headline\n:::\n\n"
-        f"{outcome(central, finding(runs.get(chapter), central))} It is {{numref}}`{figure}`."
+        f"{outcome(central, finding(runs.get(chapter), central))} It is taken from {{numref}}`{figure}`."
     )
 
 

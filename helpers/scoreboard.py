@@ -169,7 +169,7 @@ def _label(chapter: str, place: int) -> str:
 def _statement(claim: Claim) -> str:
     """The claim, and in small print how it is measured, what it must reach, and where the source says it."""
     small = f"{expectation(claim)}; {claim.where}."
-    return f"**{plain(claim.statement)}**<br><small>{plain(small)} <code>{claim.id}</code></small>"
+    return f"{plain(claim.statement)}<br><small>{plain(small)} <code>{claim.id}</code></small>"
 
 
 def _number_and_verdict(found: Mapping[str, Any] | None, claim: Claim) -> list[str]:
