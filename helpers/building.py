@@ -23,7 +23,7 @@ from helpers.params import Preset, params_of, shortened
 from helpers.params import _nearest as nearest
 
 PROJECT = Path(__file__).resolve().parent.parent
-GENERATED = ("scoreboard", "status", "map", "parameters")
+GENERATED = ("overview", "scoreboard", "status", "map", "parameters")
 
 
 class BuildError(Exception):
@@ -196,7 +196,10 @@ def mark(tree: str, step: str) -> str:
 
 def _made(pages: Sequence[str]) -> dict[str, list[str]]:
     """Step -> the files that it makes, seen from the executed book."""
-    made = {"pages": [f"book/{name}.md" for name in GENERATED], "site": [f"_build/html/{page}.html" for page in pages]}
+    made = {
+        "pages": ["book/figures", *(f"book/{name}.md" for name in GENERATED)],
+        "site": [f"_build/html/{page}.html" for page in pages],
+    }
     for page in pages:
         if page.startswith("notebooks/"):
             chapter = page.removeprefix("notebooks/")

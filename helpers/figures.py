@@ -169,10 +169,12 @@ def curves(
     xlabel: str = "",
     ylabel: str = "",
     zero: bool = False,
+    log: bool = False,
 ) -> None:
     """One line per label over the same x; estimates also get a band for their interval.
 
-    Raises ValueError if a line has another length than x.
+    `zero` also draws a line at zero, and `log` makes the vertical axis logarithmic. Lines that lie on one another are
+    named beneath the axes. Raises ValueError if a line has another length than x.
     """
     places = np.asarray(x, dtype=float)
     for position, (label, points) in enumerate(lines.items()):
@@ -199,8 +201,35 @@ def curves(
         ax.set_xlabel(xlabel)
     if ylabel:
         ax.set_ylabel(ylabel)
+    if log:
+        ax.set_yscale("log")
     if len(lines) > 1:
         ax.legend()
+    name_overlaps(ax)
+
+
+def name_overlaps(ax: Axes) -> None:
+    """Name beneath the axes the labelled lines that lie on one another, so that none seems to be missing."""
+    groups: list[tuple[np.ndarray, list[str]]] = []
+    for line in ax.lines:
+        label = str(line.get_label())
+        if label.startswith("_") or line.get_transform() != ax.transData:
+            continue
+        drawn = ax.transAxes.inverted().transform(ax.transData.transform(line.get_xydata()))
+        for first, labels in groups:
+            if first.shape == drawn.shape and np.allclose(first, drawn, rtol=0, atol=_SAME, equal_nan=True):
+                labels.append(label)
+                break
+        else:
+            groups.append((drawn, [label]))
+    said = "; ".join(" = ".join(labels) for _, labels in groups if len(labels) > 1)
+    if said:
+        ax.annotate(f"on one another: {said}", (0.5, 0), xytext=(0, -40), xycoords="axes fraction",
+                    textcoords="offset points", ha="center", va="top", fontsize=8)  # fmt: skip
+
+
+_SAME = 0.01
+"""How far two lines may be apart, as a share of the axes' height, and still look like one."""
 
 
 def token_strip(ax: Axes, tokens: Sequence[str], kinds: Sequence[str], *, width: int = 84) -> None:

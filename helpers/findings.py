@@ -54,6 +54,16 @@ _IMPORTED = time.monotonic()
 
 Verdict = Literal["reproduced", "direction only", "contradicted", "undecided", "invalid", "not judged"]
 
+SIGNS: Mapping[str, str] = {
+    "reproduced": "●",
+    "direction only": "◐",
+    "undecided": "○",
+    "contradicted": "✕",
+    "invalid": "⊘",
+    "not judged": "–",
+}
+"""A shape for every verdict, best first, so that verdicts are told apart without colour."""
+
 
 _OTHER: Mapping[str, Literal["above", "below"]] = {"above": "below", "below": "above"}
 
@@ -91,6 +101,10 @@ class Claim(BaseModel):
     """The value that would be measured if the claimed effect did not exist."""
     note: str = ""
     """Anything a reader must know about the source's number."""
+    figure: str = ""
+    """Name of the chapter's figure in which the number can be seen, such as `fig-reversal`; empty if none shows it."""
+    central: bool = False
+    """Whether it is one of the two or three claims that the chapter is about."""
 
     def met_by(self, value: float) -> bool:
         """Whether `value` reaches the threshold on the claimed side."""
@@ -451,10 +465,19 @@ class Findings:
         why = "" if finding.verdict == "reproduced" else f" {finding.reason}"
         return f"{opening}: {_uncapped(claim.statement)} {number}{why}"
 
+    def central_box(self) -> Markdown:
+        """What became of the chapter's central claims, as a list: statement, verdict and number."""
+        central = [claim for claim in self._chapter_claims() if claim.central]
+        records = {name: finding.record() for name, finding in self.found.items()}
+        return Markdown("\n".join(f"- {outcome(claim, records.get(claim.id))}" for claim in central))
+
     def glue_sentences(self) -> None:
-        """Make each claim's sentence available to the prose, under the name `said.{claim}`."""
+        """Make each claim's sentence available to the prose as `said.{claim}`, and the central claims as `central`."""
+        from myst_nb import glue
+
         for claim in self._chapter_claims():
             self.glue(f"said.{claim.id}", self.sentence(claim.id))
+        glue("central", self.central_box(), display=False)
 
     def glue(self, name: str, value: Any, fmt: str = "") -> str:
         """Make a number available to the prose under `name` (role `glue:text`), formatted by the format spec `fmt`.
@@ -475,15 +498,17 @@ class Findings:
         rows = []
         for claim in self._chapter_claims():
             finding = self.found.get(claim.id)
-            statement, expectation = (text.replace("*", r"\*") for text in (claim.statement, _expectation(claim)))
-            expected = f"**{statement}** Counts as reproduced if: {expectation}."
+            statement, asked = map(plain, (claim.statement, expectation(claim)))
+            expected = f"**{statement}** Counts as reproduced if: {asked}."
             if finding is None:
-                rows.append((expected, "", "not judged: not measured in this run"))
+                rows.append((expected, "", f"{badge('not judged')} Not measured in this run."))
                 continue
             measured = f"{finding.measured}, {finding.units}"
-            outcome = f"**{finding.verdict}**" + ("." if finding.verdict == "reproduced" else f": {finding.reason}")
+            why = "" if finding.verdict == "reproduced" else f" {finding.reason}"
             controls = "; ".join(f"{c.name}: {c.state}" for c in finding.controls)
-            rows.append((expected, measured, f"{outcome} Controls: {controls}." if controls else outcome))
+            rows.append(
+                (expected, measured, f"{badge(finding.verdict)}{why}" + f" Controls: {controls}." * bool(controls))
+            )
         return Markdown(_markdown_table(("Claim", "Measured here, 95% interval", "Verdict"), rows))
 
     def reference_box(self, folder: Path = REFERENCES) -> Markdown:
@@ -546,6 +571,40 @@ def _judge_told(judge: Mapping[str, str | int]) -> str:
     return f"{judge['model']}, by {judge['method']}{mixed}; {missing}"
 
 
+def badge(verdict: str) -> str:
+    """A verdict as HTML: its colour, its shape and its word."""
+    return f'<span class="verdict {verdict.replace(" ", "-")}">{SIGNS[verdict]} {verdict}</span>'
+
+
+def number(record: Mapping[str, Any], unit: str = "") -> str:
+    """The value of a recorded finding with its 95% interval, such as `0.12 of answers [0.05, 0.2]`."""
+    if record["value"] is None:
+        return "no number"
+    value, low, high = ("none" if x is None else _number(x) for x in (record["value"], record["low"], record["high"]))
+    return f"{value}{f' {unit}' if unit else ''} [{low}, {high}]"
+
+
+def outcome(claim: Claim, record: Mapping[str, Any] | None) -> str:
+    """What became of a claim, in Markdown: the statement, its verdict, the number with its interval, what was asked."""
+    if record is None:
+        return f"**{plain(claim.statement)}** {badge('not judged')} Not measured in this run."
+    limit = "at least" if claim.direction == "above" else "at most"
+    asked = f"asked for: {limit} {_number(claim.threshold)}"
+    return f"**{plain(claim.statement)}** {badge(record['verdict'])} {number(record, claim.unit)}; {asked}."
+
+
+def expectation(claim: Claim) -> str:
+    """What is measured for a claim, and which value counts as reproduced."""
+    limit = "at least" if claim.direction == "above" else "at most"
+    source = "" if claim.source_value is None else f" (source: {_number(claim.source_value)})"
+    return f"{claim.metric}: {limit} {_number(claim.threshold)} {claim.unit}{source}"
+
+
+def plain(text: str) -> str:
+    """Text for Markdown in which a star is a star."""
+    return text.replace("*", r"\*")
+
+
 class _Plain:
     """Text whose repr has no quotation marks, because a notebook stores an object's repr."""
 
@@ -579,12 +638,6 @@ def _uncapped(sentence: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _expectation(claim: Claim) -> str:
-    limit = "at least" if claim.direction == "above" else "at most"
-    source = "" if claim.source_value is None else f" (source: {_number(claim.source_value)})"
-    return f"{claim.metric}: {limit} {_number(claim.threshold)} {claim.unit}{source}"
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,9 +1,10 @@
-"""The pages of the book that are made when it is built: scoreboard, status, map and parameters.
+"""The pages of the book that are made when it is built: overview, scoreboard, status, map and parameters.
 
-The first three are read from recorded runs: the `findings.json` that each notebook saved, papermill's metadata
-in the executed notebooks, and reference runs in `book/reference/`. The tables of parameters come from the
-notebooks' parameters cells and from `helpers/params.py`. Which chapters there are, and in which order, is said
-by `_toc.yml`; what the map says of each is in `book/map.yml`.
+The overview is the part of the first page that the runs decide. All but the tables of parameters are read from
+recorded runs: the `findings.json` that each notebook saved, papermill's metadata in the executed notebooks, and
+reference runs in `book/reference/`. The tables of parameters come from the notebooks' parameters cells and from
+`helpers/params.py`. Which chapters there are, and in which order, is said by `_toc.yml`; what the map says of each is
+in `book/map.yml`.
 """
 
 import ast
@@ -18,8 +19,10 @@ import nbformat
 import yaml
 from pydantic.fields import FieldInfo
 
+from helpers.captions import drawn, figures_of
 from helpers.editions import exercises_of
 from helpers.findings import load_claims
+from helpers.overview import overview, pictures, write_pictures
 from helpers.params import params_of
 from helpers.scoreboard import Run, markdown_table, scoreboard, status
 
@@ -39,14 +42,19 @@ def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -
     kept = _runs({path.stem: path for path in sorted(references.glob("*.json"))})
     executed = {chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs}
     notebooks = {chapter: nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4) for chapter in chapters()}
+    described = yaml.safe_load(MAP.read_text("utf-8"))
+    found = pictures(described, executed)
+    shown = {cell.metadata.figure.name for book in executed.values() for cell, _ in figures_of(book) if drawn(cell)}
+    titles = {chapter: title(notebook) for chapter, notebook in notebooks.items()}
     pages = {
-        "scoreboard": scoreboard(load_claims(), runs, kept),
+        "overview": overview(described, load_claims(), runs, titles, {name: alt for name, (_, alt) in found.items()}),
+        "scoreboard": scoreboard(load_claims(), runs, kept, shown),
         "status": status(runs, kept, executed),
-        "map": chapter_map(yaml.safe_load(MAP.read_text("utf-8")), notebooks, runs),
+        "map": chapter_map(described, notebooks, runs),
         "parameters": parameters(notebooks),
     }
     folder = tree / "book"
-    folder.mkdir(parents=True, exist_ok=True)
+    write_pictures(folder / "figures", found)
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text, "utf-8")
 

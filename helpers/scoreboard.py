@@ -6,44 +6,93 @@ beside the run that made the book, in a column or table of its own.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from helpers.findings import Claim
+from helpers.findings import SIGNS, Claim, badge, expectation, number, plain
 
 Run = Mapping[str, Any]
 """A chapter's run: preset, model, digest, device, dtype, seeds, versions, minutes, parameters, findings."""
 
+MEANINGS = {
+    "reproduced": "the number meets the threshold, its 95% interval excludes no effect, and every control passed",
+    "direction only": "the interval excludes no effect, but the threshold or a strength control is missed",
+    "undecided": "the interval holds both no effect and the threshold",
+    "contradicted": "the interval excludes the claim",
+    "invalid": "a validity control failed, so the number says nothing of the claim",
+    "not judged": "no verdict, for the reason given",
+}
 
-def scoreboard(claims: Mapping[str, Claim], runs: Mapping[str, Run], references: Mapping[str, Run]) -> str:
-    """The scoreboard as Markdown: claims x runs with verdicts, then each run's numbers.
+
+def scoreboard(
+    claims: Mapping[str, Claim], runs: Mapping[str, Run], references: Mapping[str, Run], shown: Set[str] = frozenset()
+) -> str:
+    """The scoreboard as Markdown: how many claims of a chapter got which verdict, then a table a chapter.
 
     Args:
         claims: id -> claim.
         runs: chapter -> the run that made the book.
         references: chapter -> reference run.
+        shown: names of the figures that the book shows.
     """
     text = [
         "# Scoreboard",
-        "What each source claims, and what came out. *Reproduced*: the number meets the threshold, its 95% "
-        "interval excludes no effect, and every control passed. *Direction only*: the interval excludes no "
-        "effect, but the threshold or a strength control is missed. *Contradicted*: the interval excludes the "
-        "claim. *Undecided*: the interval holds both no effect and the threshold. *Invalid*: a validity control "
-        "failed, so the number says nothing of the claim. *Not judged*: no verdict, for the reason given.",
+        "What each source claims, and what came out. One mark is one claim.",
+        matrix(claims, runs),
+        "\n".join(f"- {badge(verdict)}: {meaning}." for verdict, meaning in MEANINGS.items()),
+        "Under each table stands why claims were not reproduced. The controls are in a chapter's table of claims.",
     ]
-    for chapter in sorted({claim.chapter for claim in claims.values()}):
-        here = [claim for claim in claims.values() if claim.chapter == chapter]
-        shown = [(f"this book: {_place(run)}", run) for run in [runs.get(chapter)] if run]
-        shown += [(f"reference: {_place(run)}", run) for run in [references.get(chapter)] if run]
-        text += [f"## {_number(chapter)}", f"{{doc}}`../notebooks/{chapter}`"]
-        rows = [[claim.statement, *(_verdict(run, claim) for _, run in shown)] for claim in here]
-        text.append(markdown_table(["claim", *(label for label, _ in shown)], rows))
-        for label, run in shown:
-            text.append(f"**{label[0].upper()}{label[1:]}**")
-            text.append(_numbers(here, run))
+    for chapter, here in by_chapter(claims).items():
+        run, reference = runs.get(chapter), references.get(chapter)
+        text += [f"## {_number(chapter)}", f"{{doc}}`../notebooks/{chapter}`" + (f", {place_of(run)}." if run else "")]
+        rows = []
+        for place, claim in enumerate(here, 1):
+            row = [f"{_label(chapter, place)} {_statement(claim)}", *_number_and_verdict(finding(run, claim), claim)]
+            if reference:
+                row.append(" ".join(reversed(_number_and_verdict(finding(reference, claim), claim))))
+            rows.append([*row, _where(claim, shown)])
+        beside = [f"reference: {place_of(reference)}"] if reference else []
+        header = ["claim", "value [95% interval]", "verdict", *beside, "see"]
+        text += [f":::{{div}} verdicts claims\n{markdown_table(header, rows)}\n:::", _reasons(chapter, here, run)]
     if not references:
         text.append("No reference run is kept in this copy of the book.")
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join(filter(None, text)) + "\n"
+
+
+def matrix(claims: Mapping[str, Claim], runs: Mapping[str, Run]) -> str:
+    """How many claims of each chapter got which verdict, as a Markdown table with a mark for every claim."""
+    counts = {chapter: Counter(verdict_of(runs.get(chapter), c) for c in here) for chapter, here in _sorted(claims)}
+    columns = [verdict for verdict in SIGNS if any(count[verdict] for count in counts.values())]
+    rows = [
+        [f"{{doc}}`../notebooks/{chapter}`", *(marks(verdict, count[verdict]) for verdict in columns)]
+        for chapter, count in counts.items()
+    ]
+    return f":::{{div}} verdicts matrix\n{markdown_table(['chapter', *map(badge, columns)], rows)}\n:::"
+
+
+def marks(verdict: str, count: int) -> str:
+    """A count of claims with a verdict as HTML: a mark for each, and the number."""
+    if not count:
+        return ""
+    sign = f'<span class="marks" aria-hidden="true">{SIGNS[verdict] * count}</span>'
+    return f'<span class="count {verdict.replace(" ", "-")}">{sign} {count}</span>'
+
+
+def by_chapter(claims: Mapping[str, Claim]) -> dict[str, list[Claim]]:
+    """The claims of every chapter, in the order of the book."""
+    return dict(_sorted(claims))
+
+
+def finding(run: Run | None, claim: Claim) -> Mapping[str, Any] | None:
+    """What a run recorded of a claim, if anything."""
+    return next((found for found in (run or {}).get("findings", []) if found["claim"] == claim.id), None)
+
+
+def verdict_of(run: Run | None, claim: Claim) -> str:
+    """The verdict that a run gave on a claim."""
+    found = finding(run, claim)
+    return found["verdict"] if found else "not judged"
 
 
 def status(runs: Mapping[str, Run], references: Mapping[str, Run], notebooks: Mapping[str, Any]) -> str:
@@ -102,47 +151,52 @@ def _conditions(run: Run) -> str:
     return markdown_table(["", "used"], rows)
 
 
-def _place(run: Run) -> str:
+def place_of(run: Run) -> str:
     """Which run it was, in a few words."""
     return f"{run['preset']}, {run['parameters']['model']}, {run['device']}"
 
 
-def _finding(run: Run, claim: Claim) -> Mapping[str, Any] | None:
-    return next((finding for finding in run["findings"] if finding["claim"] == claim.id), None)
+def _sorted(claims: Mapping[str, Claim]) -> list[tuple[str, list[Claim]]]:
+    chapters = sorted({claim.chapter for claim in claims.values()})
+    return [(chapter, [claim for claim in claims.values() if claim.chapter == chapter]) for chapter in chapters]
 
 
-def _verdict(run: Run, claim: Claim) -> str:
-    found = _finding(run, claim)
-    return f"**{found['verdict']}**" if found else "not judged"
+def _label(chapter: str, place: int) -> str:
+    """What a claim is called in the list of reasons: the chapter's number and its place in the table."""
+    return f"{int(chapter.split('_')[0])}.{place}"
 
 
-def _numbers(claims: Sequence[Claim], run: Run) -> str:
-    """Every number of a run, with interval, source and reason."""
-    rows = []
-    for claim in claims:
-        found = _finding(run, claim)
-        if found is None:
-            rows.append([f"`{claim.id}`", claim.metric, f"{claim.source}, {claim.where}", "", "", "", "not measured"])
-            continue
-        controls = [f"{c['name']} ({c['kind']}): {c['state']}" for c in found["controls"]]
-        rows.append(
-            [
-                f"`{claim.id}`",
-                f"{claim.metric} ({claim.unit})" if claim.unit else claim.metric,
-                f"{claim.source}, {claim.where}"
-                + (f": {claim.source_value:g}" if claim.source_value is not None else ""),
-                f"{_short(found['value'])} [{_short(found['low'])}, {_short(found['high'])}]",
-                f"{found['n']}, {len(found['seeds']) or 'none'}",
-                "; ".join(controls) or "none",
-                found["reason"],
-            ]
-        )
-    header = ["claim", "measured", "source, its number", "value [95%]", "n, seeds", "controls", "reason"]
-    return markdown_table(header, rows)
+def _statement(claim: Claim) -> str:
+    """The claim, and in small print how it is measured, what it must reach, and where the source says it."""
+    small = f"{expectation(claim)}; {claim.where}."
+    return f"{plain(claim.statement)}<br><small>{plain(small)} <code>{claim.id}</code></small>"
 
 
-def _short(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3g}"
+def _number_and_verdict(found: Mapping[str, Any] | None, claim: Claim) -> list[str]:
+    if found is None:
+        return ["", badge("not judged")]
+    return [number(found, claim.unit), badge(found["verdict"])]
+
+
+def _reasons(chapter: str, claims: Sequence[Claim], run: Run | None) -> str:
+    """Why claims were not reproduced, each reason once, as a list."""
+    named: dict[str, list[str]] = {}
+    for place, claim in enumerate(claims, 1):
+        found = finding(run, claim)
+        if found is None or found["verdict"] != "reproduced":
+            named.setdefault(found["reason"] if found else "Not measured in this run.", []).append(
+                _label(chapter, place)
+            )
+    if len(named) == 1 and len(next(iter(named.values()))) == len(claims):
+        return f"All: {plain(next(iter(named)))}"
+    return "\n".join(f"- {', '.join(labels)}: {plain(reason)}" for reason, labels in named.items())
+
+
+def _where(claim: Claim, shown: Set[str]) -> str:
+    """A link to the figure that shows the number, or else to the chapter's table of claims."""
+    if claim.figure in shown:
+        return f"{{numref}}`{claim.figure}`"
+    return f"{{ref}}`table of claims <claims-{claim.chapter.split('_')[0]}>`"
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -70,6 +70,17 @@ def test_a_curve_with_a_missing_point_is_refused(ax):
         curves(ax, [0, 1], {"PPS": [1.0]})
 
 
+def test_lines_on_one_another_are_named_beneath_the_axes_and_others_are_not(ax):
+    curves(ax, [0, 1, 2], {"PPS": [0.0, 1.0, 5.0], "IP": [0.0, 1.001, 5.0], "random": [0.0, 3.0, 5.0]})
+    assert [text.get_text() for text in ax.texts] == ["on one another: PPS = IP"]
+
+
+def test_lines_are_compared_as_they_are_drawn(ax):
+    curves(ax, [0, 1], {"PPS": [1.0, 2.0], "IP": [2.0, 4.0], "random": [9000.0, 9000.0]}, log=True)
+    assert not ax.texts, "far apart on a logarithmic axis, though not on a linear one"
+    assert ax.get_yscale() == "log"
+
+
 def test_every_style_can_be_drawn_to_a_file(ax, tmp_path):
     for position, name in enumerate(CONDITIONS):
         paired_scatter(ax, [0, 1], [1, 0], label=name, position=position, zero=True)

@@ -7,12 +7,26 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.findings import Claim, Control, FindingError, Findings, Measurement, load_claims, provenance, verdict
+from helpers.findings import (
+    SIGNS,
+    Claim,
+    Control,
+    FindingError,
+    Findings,
+    Measurement,
+    Verdict,
+    badge,
+    load_claims,
+    outcome,
+    provenance,
+    verdict,
+)
 from helpers.statistics import Estimate
 
 ABOVE = Claim(
@@ -213,10 +227,30 @@ def test_the_claim_box_lists_every_claim_of_the_chapter_and_no_other(tmp_path):
     findings.judge(Measurement("a.rises", Estimate(0.95, 0.8, 1.0, 20), [Control("random", 0.1, passed=True)]))
     lines = findings.claim_box().data.splitlines()
     assert len(lines) == 4, "a header, a rule, two claims of this chapter"
-    assert "0.95 [0.8, 1], n = 20" in lines[2] and "random: passed" in lines[2] and "**reproduced**" in lines[2]
-    assert "**It rises.**" in lines[2] and "**reproduced**. Controls: random: passed." in lines[2]
-    assert "not measured in this run" in lines[3] and "(source: 0.05)" in lines[3]
+    assert "**It rises.**" in lines[2] and "0.95 [0.8, 1], n = 20" in lines[2]
+    assert f"{badge('reproduced')} Controls: random: passed." in lines[2]
+    assert "Not measured in this run" in lines[3] and "(source: 0.05)" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_every_verdict_has_a_shape_of_its_own_beside_its_word():
+    assert set(SIGNS) == set(get_args(Verdict))
+    assert len(set(SIGNS.values())) == len(SIGNS)
+    assert badge("direction only") == '<span class="verdict direction-only">◐ direction only</span>'
+
+
+def test_the_box_on_top_has_the_central_claims_alone_with_verdict_number_and_what_was_asked(tmp_path):
+    findings = run(tmp_path)
+    findings.claims["a.rises"] = ABOVE.model_copy(update={"central": True, "unit": "of answers"})
+    findings.judge(Measurement("a.rises", Estimate(0.95, 0.8, 1.0, 20)))
+    (line,) = findings.central_box().data.splitlines()
+    assert line == f"- **It rises.** {badge('reproduced')} 0.95 of answers [0.8, 1]; asked for: at least 0.9."
+
+
+def test_a_claim_without_a_number_says_so():
+    assert "Not measured" in outcome(ABOVE, None)
+    nothing = {"value": None, "low": None, "high": None, "verdict": "not judged"}
+    assert "no number" in outcome(ABOVE, nothing)
 
 
 def test_minutes_count_from_the_given_start():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from helpers.findings import load_claims
-from helpers.scoreboard import scoreboard, status
+from helpers.scoreboard import matrix, scoreboard, status
 
 CLAIM = next(iter(load_claims().values()))
 
@@ -32,22 +32,44 @@ def rows(page, start):
 def test_the_verdict_of_a_reference_run_stands_in_a_column_of_its_own(run):
     here, reference = run("quick", 0.5, "direction only"), run("full", 0.9, "reproduced")
     page = scoreboard({CLAIM.id: CLAIM}, {CLAIM.chapter: here}, {CLAIM.chapter: reference})
-    assert rows(page, "| claim | this book: quick, m, cpu | reference: full, m, cpu |")
-    assert rows(page, f"| {CLAIM.statement} | **direction only** | **reproduced** |")
-    assert page.index("**This book") < page.index("0.5 [0.4, 0.6]") < page.index("**Reference")
-    assert page.index("**Reference") < page.index("0.9 [0.8, 1]")
+    assert rows(page, "| claim | value [95% interval] | verdict | reference: full, m, cpu | see |")
+    (row,) = rows(page, f"| 0.1 {CLAIM.statement}<br>")
+    assert row.index("0.5 of numbers [0.4, 0.6]") < row.index("direction only") < row.index("0.9 of numbers [0.8, 1]")
 
 
 def test_a_claim_that_was_not_measured_is_not_judged(run):
     empty = {**run("quick", 0.5, "reproduced"), "findings": []}
     page = scoreboard({CLAIM.id: CLAIM}, {CLAIM.chapter: empty}, {})
-    assert rows(page, f"| {CLAIM.statement} | not judged |")
+    assert "– not judged" in rows(page, f"| 0.1 {CLAIM.statement}<br>")[0]
     assert "No reference run" in page
 
 
-def test_a_bar_in_a_name_does_not_break_the_table(run):
-    page = scoreboard({CLAIM.id: CLAIM}, {CLAIM.chapter: run("quick", 0.5, "reproduced")}, {})
-    assert r"random\|vector (strength): failed" in page
+def test_the_matrix_has_a_mark_for_every_claim_and_only_verdicts_that_were_given(run):
+    other = CLAIM.model_copy(update={"id": "primer.other"})
+    table = matrix({CLAIM.id: CLAIM, other.id: other}, {CLAIM.chapter: run("quick", 0.5, "reproduced")})
+    header, _, row = [line for line in table.splitlines() if line.startswith("|")]
+    assert "● reproduced" in header and "– not judged" in header and "contradicted" not in header
+    assert ">●</span> 1</span>" in row and ">–</span> 1</span>" in row
+
+
+def test_a_reason_that_claims_share_is_said_once_and_none_for_what_was_reproduced(run):
+    others = [CLAIM.model_copy(update={"id": f"primer.{i}"}) for i in range(3)]
+    findings = [
+        {**run("quick", 0.5, verdict)["findings"][0], "claim": claim.id, "reason": reason}
+        for claim, verdict, reason in zip(
+            others, ("invalid", "reproduced", "invalid"), ("It broke.", "All well.", "It broke."), strict=True
+        )
+    ]
+    page = scoreboard({c.id: c for c in others}, {CLAIM.chapter: {**run("quick", 0, ""), "findings": findings}}, {})
+    assert rows(page, "- 0.1, 0.3: It broke.") and page.count("It broke.") == 1
+    assert "All well." not in page
+
+
+def test_a_claim_links_to_its_figure_where_the_book_shows_it_and_else_to_the_table_of_claims(run):
+    claim = CLAIM.model_copy(update={"figure": "fig-a"})
+    for shown, link in ((frozenset({"fig-a"}), "{numref}`fig-a`"), (frozenset(), "<claims-00>`")):
+        page = scoreboard({claim.id: claim}, {claim.chapter: run("quick", 0.5, "reproduced")}, {}, shown)
+        assert rows(page, f"| 0.1 {CLAIM.statement}<br>")[0].endswith(f"{link} |")
 
 
 def test_the_status_page_has_parameters_and_versions_of_every_run(run):
