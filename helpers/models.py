@@ -273,7 +273,7 @@ def load(
     for run in finetuned:
         hf = _apply(hf, run.tensors)
     digest = finetuned_digest(digest, [run.key for run in finetuned])
-    trained = {} if frozen else _trained_shapes(hf, lora and lora.rank)
+    trained = {} if frozen else _trained_shapes(hf, lora.rank if lora else None)
     if lora is not None:
         hf = _attach(hf, lora)
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
@@ -533,7 +533,7 @@ def _attach(hf: Any, lora: LoRA) -> Any:
     )
 
 
-def _adapted(hf: Any) -> dict[str, nn.Parameter]:
+def _adapted(hf: Any) -> dict[str, Tensor]:
     """The weights of the plain model that adapters are attached to: of every linear layer but the head."""
     head = hf.get_output_embeddings()
     return {name: m.weight for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
