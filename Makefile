@@ -26,8 +26,10 @@ book: .venv/.installed
 	@$(BIN)/snakemake --cores "$$CORES" --config "preset=$$PRESET"
 	@echo "Read it: book/executed/$$PRESET/_build/html/index.html"
 
-# One thread for each of two workers: if each had two, they would wait for one another.
+# The tiny book that the tests open is built first, on all cores. Then one thread for each of two workers: if each had
+# two, they would wait for one another.
 test: .venv/.installed
+	@$(BIN)/snakemake --cores all --config preset=tiny
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --benchmark-skip -m "not taught"
 
 # The central claims on the real model; those of chapters 4 and 5 first teach it to refuse, which takes minutes.

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from test_site import CHAPTERS, SITE, site  # noqa: F401  (a fixture)
+from test_site import CHAPTERS, SITE
 
 from helpers.captions import figures_of
 from helpers.findings import load_claims

@@ -1,11 +1,8 @@
 """The book is built for the tiny preset by the Snakefile that readers use, and opened in a real browser."""
 
 import functools
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -97,21 +94,6 @@ UNREADABLE = """() => {
     })
     .filter(found => found.ratio < 4.5);
 }"""
-
-
-@pytest.fixture(scope="session")
-def site():
-    """The built site: only what changed since the last time is made again."""
-    snakemake = Path(sys.executable).with_name("snakemake")
-    done = subprocess.run(
-        [snakemake, "--cores", "all", "--config", "preset=tiny"],
-        cwd=PROJECT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return SITE
 
 
 @pytest.fixture(scope="session")
