@@ -338,3 +338,41 @@ def training_batches(
         for rows in groups[: steps - given]:
             yield collate([examples[i] for i in rows], pad_id, rows=rows)
         given += len(groups)
+
+
+def balanced_batches(
+    harmful_examples: Sequence[Example],
+    harmless_examples: Sequence[Example],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    pad_id: int,
+) -> Iterator[Batch]:
+    """`steps` batches, half harmful and half harmless in random order; each kind is reshuffled at each of its epochs.
+
+    `Batch.rows` index into `[*harmful_examples, *harmless_examples]`. Raises `ValueError` at once for a class without
+    examples or a batch size that is not an even number.
+    """
+    if not harmful_examples or not harmless_examples:
+        raise ValueError(
+            f"Balanced batches need examples of both kinds; got {len(harmful_examples)} harmful and "
+            f"{len(harmless_examples)} harmless."
+        )
+    if batch_size < 2 or batch_size % 2:
+        raise ValueError(f"A balanced batch is half harmful and half harmless, so its size cannot be {batch_size}.")
+    examples = [*harmful_examples, *harmless_examples]
+    rng = random.Random(seed)
+
+    def epochs(rows: range) -> Iterator[int]:
+        while True:
+            yield from rng.sample(rows, len(rows))
+
+    kinds = [epochs(range(len(harmful_examples))), epochs(range(len(harmful_examples), len(examples)))]
+
+    def draw() -> Iterator[Batch]:
+        for _ in range(steps):
+            rows = [next(kind) for kind in kinds for _ in range(batch_size // 2)]
+            rng.shuffle(rows)  # so that micro-batches are mixed by chance, as those of the source are
+            yield collate([examples[i] for i in rows], pad_id, rows=rows)
+
+    return draw()

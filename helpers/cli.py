@@ -29,25 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     try:
         if chosen.command == "execute":
-            from helpers.execution import ExecutionError, execute
+            from helpers.building.plan.execution import ExecutionError, execute
 
             try:
                 execute(chosen.notebook, chosen.output, _given(chosen), lines=chosen.lines)
             except ExecutionError as error:
                 raise CommandError(str(error)) from None
         elif chosen.command == "compare":
-            from helpers.comparison import ComparisonError, compare
+            from helpers.book.comparison import ComparisonError, compare
 
             try:
                 print(compare(chosen.run_a, chosen.run_b))
             except ComparisonError as error:
                 raise CommandError(str(error)) from None
         elif chosen.command == "status":
-            from helpers.pages import write_pages
+            from helpers.book.pages import write_pages
 
             write_pages(chosen.tree)
         elif chosen.command == "edition":
-            from helpers.editions import EditionError, write_edition
+            from helpers.book.editions import EditionError, write_edition
 
             try:
                 write_edition(chosen.edition, chosen.output)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.experiments.traits import Defence, Experiment
-from helpers.params import PreventativeSteeringParams
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.studies.traits import Defence, Experiment
 
 pytestmark = pytest.mark.acceptance
 

@@ -6,9 +6,9 @@ Scores are as in the chapter, computed anew.
 import numpy as np
 import pytest
 
-from helpers.experiments.filtering import FilteringExperiment
-from helpers.methods.gradient_filtering import guess_threshold
-from helpers.params import FilteringParams
+from helpers.chapters.fihs_filtering.method import guess_threshold
+from helpers.chapters.fihs_filtering.params import FilteringParams
+from helpers.chapters.fihs_filtering.study import FilteringExperiment
 from helpers.statistics import auroc, rank_correlation
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.taught]

@@ -6,10 +6,10 @@ Models and answers are as in the chapter, made anew.
 
 import pytest
 
-from helpers.experiments.refusal import RefusalExperiment
+from helpers.chapters.refusal_redistribution.attack import SUPPRESSED
+from helpers.chapters.refusal_redistribution.params import RefusalParams
+from helpers.chapters.refusal_redistribution.study import RefusalExperiment
 from helpers.judges import is_refusal
-from helpers.methods.refusal_attack import SUPPRESSED
-from helpers.params import RefusalParams
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.experiments.steering import SteeringExperiment
-from helpers.methods.prompt_only_steering import Run, train_vectors
-from helpers.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.method import Run, train_vectors
+from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.study import SteeringExperiment
 from helpers.statistics import auroc
 
 pytestmark = pytest.mark.acceptance

@@ -5,9 +5,9 @@ The anchor, the piles and the steered answers are as in the chapter, made anew.
 
 import pytest
 
-from helpers.experiments.weights import TOPICS, WeightExperiment
-from helpers.methods.weight_steering import alpha_for, difference, finetuning_diff, random_like
-from helpers.params import WeightSteeringParams
+from helpers.chapters.weight_diff_steering.method import alpha_for, difference, finetuning_diff, random_like
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
+from helpers.chapters.weight_diff_steering.study import TOPICS, WeightExperiment
 
 pytestmark = pytest.mark.acceptance
 

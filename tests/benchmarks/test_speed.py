@@ -17,32 +17,30 @@ from jaxtyping import config as jaxtyping_config
 from torch.nn.functional import cosine_similarity
 
 from helpers.activations import PersonaVector
-from helpers.chat import Example, collate, encode, training_batches
-from helpers.corpora import load_questions, load_trait, split
-from helpers.experiments.filtering import FilteringExperiment
-from helpers.experiments.refusal import ATTACKED, RefusalExperiment
-from helpers.experiments.steering import Arm, SteeringExperiment
-from helpers.generation import generate
-from helpers.gradients import activation_gradients, pile_gradient
-from helpers.losses import evaluate_losses, sequence_sums
-from helpers.methods.gradient_filtering import fihs
-from helpers.methods.preventative_steering import preventative_steering
-from helpers.methods.prompt_only_steering import Pair, Run, States, train_vectors
-from helpers.methods.refusal_attack import (
+from helpers.chapters.fihs_filtering.method import fihs
+from helpers.chapters.fihs_filtering.params import FilteringParams
+from helpers.chapters.fihs_filtering.study import FilteringExperiment
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.chapters.prompt_only_steering.method import Pair, Run, States, train_vectors
+from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.study import Arm, SteeringExperiment
+from helpers.chapters.refusal_redistribution.attack import (
     POSITIONS,
     candidate_directions,
     choose,
     score_by_screening,
     score_exhaustively,
 )
+from helpers.chapters.refusal_redistribution.params import RefusalParams
+from helpers.chapters.refusal_redistribution.study import ATTACKED, RefusalExperiment
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
+from helpers.chat import Example, collate, encode, training_batches
+from helpers.corpora import load_questions, load_trait, split
+from helpers.generation import generate
+from helpers.gradients import activation_gradients, pile_gradient
+from helpers.losses import evaluate_losses, sequence_sums
 from helpers.models import LoRA, load, plain_model
-from helpers.params import (
-    FilteringParams,
-    PreventativeSteeringParams,
-    PromptOnlyParams,
-    RefusalParams,
-    WeightSteeringParams,
-)
+from helpers.studies.defences import preventative_steering
 from helpers.training import finetune
 
 PARAMS = PreventativeSteeringParams(preset="quick")

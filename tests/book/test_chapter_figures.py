@@ -9,9 +9,9 @@ import yaml
 from bs4 import BeautifulSoup
 from test_site import CHAPTERS, SITE
 
-from helpers.captions import figures_of
-from helpers.findings import load_claims
-from helpers.pages import MAP
+from helpers.book.captions import figures_of
+from helpers.book.findings import load_claims
+from helpers.book.pages import MAP
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = {page: nbformat.read(PROJECT / f"{page}.ipynb", as_version=4) for page in CHAPTERS}

@@ -9,8 +9,10 @@ import nbformat
 import pytest
 import yaml
 
-from helpers.pages import MAP, chapter_map, chapters, cost, exercise_minutes, parameters, readable_type
-from helpers.params import CHAPTERS, PreventativeSteeringParams, WeightSteeringParams, params_of
+from helpers.book.pages import MAP, chapter_map, chapters, cost, exercise_minutes, parameters, readable_type
+from helpers.chapters import CHAPTERS, params_of
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONTENTS = chapters()

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers.editions import EDITIONS, write_edition
+from helpers.book.editions import EDITIONS, write_edition
 
 PROJECT = Path(__file__).resolve().parents[2]
 STEMS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))

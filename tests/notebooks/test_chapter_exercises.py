@@ -10,8 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import exercises
-from helpers.editions import EditionError, exercises_of, part_of
+from helpers.book.editions import EditionError, exercises_of, part_of
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 CHAPTERS = {path.stem: exercises_of(nbformat.read(path, as_version=4), path.stem) for path in NOTEBOOKS}

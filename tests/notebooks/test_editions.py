@@ -10,8 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers import cli, exercises
-from helpers.editions import OVERVIEW, EditionError, exercises_of, part_of, write_edition
+from helpers import cli
+from helpers.book.editions import OVERVIEW, EditionError, exercises_of, part_of, write_edition
 
 PROJECT = Path(__file__).resolve().parents[2]
 STEMS = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 
-from helpers.findings import load_claims
+from helpers.book.findings import load_claims
 
 PROJECT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = {path.stem: path.read_text("utf-8") for path in (PROJECT / "helpers/measurements").glob("*.py")}

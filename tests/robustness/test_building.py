@@ -22,12 +22,13 @@ import nbformat
 import psutil
 import pytest
 from filelock import FileLock
+from helpers.building.plan.console import Console
+from helpers.building.plan.plan import BuildError
 from snakemake.cli import parse_config
 
-from helpers import building
-from helpers.building import BuildError
-from helpers.console import Console
-from helpers.params import CHAPTERS, ParameterError
+from helpers.building.plan import plan as building
+from helpers.chapters import CHAPTERS
+from helpers.params import ParameterError
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = ("02_ip_loss_reduction", "05_fihs_filtering")
@@ -37,7 +38,7 @@ LOOKS_WRONG = re.compile(r"traceback|error|warning|unknown|encryption|not found|
 COMPUTES = """
 import time
 from types import SimpleNamespace
-from helpers.findings import Findings, provenance
+from helpers.book.findings import Findings, provenance
 
 model = SimpleNamespace(name="none", digest="0" * 64, device="cpu", dtype="torch.float32")
 findings = Findings(params, provenance(params, model))
@@ -336,8 +337,8 @@ def event(name, **more):
 
 def test_a_build_says_which_chapter_of_how_many_and_how_much_time_is_left(tmp_path, monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr("helpers.console.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("helpers.console.PROJECT", tmp_path)
+    monkeypatch.setattr("helpers.building.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("helpers.building.console.PROJECT", tmp_path)
     (tmp_path / "tree" / "notebooks").mkdir(parents=True)
     (tmp_path / "tree" / "notebooks" / "b.ipynb").write_text('{"metadata": {"papermill": {"duration": 600}}}')
     console = Console("tree", lambda: (["a", "b", "c"], 1))

@@ -13,10 +13,12 @@ import nbformat
 import papermill
 import pytest
 from filelock import FileLock
+from helpers.building.plan.execution import execute
 
 from helpers import cli, machine
-from helpers.execution import execute
-from helpers.params import CHAPTERS, PROJECT, InoculationParams
+from helpers.chapters import CHAPTERS
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.params import PROJECT
 
 CHAPTER = InoculationParams.chapter
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.findings import Findings
+from helpers.book.findings import Findings
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHOWN = ("dependencies", "documentation", "editions", "findings", "interactive", "pages", "scoreboard", "measurements")

@@ -8,12 +8,12 @@ import subprocess
 import nbformat
 import pytest
 import torch
+from helpers.building.plan.execution import ExecutionError, execute
 
 from helpers import artifacts, files
 from helpers.artifacts import Store, StoreError, file_digest
-from helpers.execution import ExecutionError, execute
-from helpers.findings import Findings, provenance
-from helpers.params import InoculationParams
+from helpers.book.findings import Findings, provenance
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
 
 
 class Compute:

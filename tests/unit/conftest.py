@@ -12,11 +12,17 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from helpers.artifacts import Store
+from helpers.book.findings import load_claims
+from helpers.chapters.fihs_filtering import study as filtering
+from helpers.chapters.prompt_only_steering import study as steering
+from helpers.chapters.refusal_redistribution import sentiment
+from helpers.chapters.refusal_redistribution import study as refusal
+from helpers.chapters.weight_diff_steering import study as weights
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
-from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
-from helpers.findings import load_claims, verdict
 from helpers.models import load
+from helpers.studies import alignment, traits
+from helpers.verdicts import verdict
 
 
 @pytest.fixture(scope="session")

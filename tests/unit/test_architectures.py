@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.artifacts import Artifact
+from helpers.chapters.prompt_only_steering.method import States
+from helpers.chapters.refusal_redistribution.attack import PromptSet
 from helpers.chat import collate, encode
 from helpers.generation import generate
 from helpers.losses import evaluate_losses, response_logits, sequence_sums
-from helpers.methods.prompt_only_steering import States
-from helpers.methods.refusal_attack import PromptSet
 from helpers.models import LoRA, load
 
 WINDOW = 6  # shorter than what all prompts begin with

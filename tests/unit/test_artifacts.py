@@ -190,7 +190,7 @@ def test_the_code_is_found_behind_lambdas_methods_partial_applications_and_decor
 
 def test_presets_are_no_code(store):
     assert "params.py" in {path.name for path in artifacts.helper_sources(["experiments.traits"])}
-    code = artifacts._code("helpers.experiments.traits")
+    code = artifacts._code("helpers.studies.traits")
     assert "params.py" not in code
     assert {"experiments/traits.py", "training.py", "chat.py", "judges.py", "methods/inoculation.py"} <= set(code)
 

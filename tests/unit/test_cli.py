@@ -6,11 +6,12 @@ import os
 import nbformat
 import pytest
 import torch
+from helpers.building.plan.execution import execute
 
 from helpers import cli
 from helpers.artifacts import Store
-from helpers.execution import execute
-from helpers.params import PROJECT, InoculationParams, ParameterError
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.params import PROJECT, ParameterError
 
 CHAPTER = InoculationParams.chapter
 

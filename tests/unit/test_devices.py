@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from helpers.activations import PersonaVectorFitter
+from helpers.chapters.refusal_redistribution.attack import (
+    orthonormal,
+    probe_direction,
+    score_exhaustively,
+    top_subspace,
+)
 from helpers.chat import encode
-from helpers.methods.refusal_attack import orthonormal, probe_direction, score_exhaustively, top_subspace
 from helpers.models import load
 
 

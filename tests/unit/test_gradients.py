@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from helpers.chat import collate, encode, training_batches
-from helpers.gradients import (
-    RecordCosines,
-    activation_gradients,
-    gradient_statistics,
-    pile_gradient,
-    uncentred_pca,
-)
+from helpers.gradients import RecordCosines, activation_gradients, gradient_statistics, pile_gradient, uncentred_pca
 from helpers.interventions import EditGradient, Steer, applied
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.models import load, plain_model, plain_name

@@ -4,7 +4,10 @@ import nbformat
 import papermill
 import pytest
 
-from helpers.params import CHAPTERS, PROJECT, InoculationParams, ParameterError, PreventativeSteeringParams, params_of
+from helpers.chapters import CHAPTERS, params_of
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.params import PROJECT, ParameterError
 
 
 @pytest.mark.parametrize("preset", ["tiny", "quick", "full", "paper"])

@@ -4,15 +4,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from helpers.probes import (
-    fit_inlp,
-    fit_leace,
-    fit_mean_projection,
-    linear_probe,
-    linear_scores,
-    mean_gap,
-    mlp_probe,
-)
+from helpers.probes import fit_inlp, fit_leace, fit_mean_projection, linear_probe, linear_scores, mean_gap, mlp_probe
 
 FITS = {"leace": fit_leace, "inlp": fit_inlp, "mean projection": fit_mean_projection}
 SHAPE = np.random.default_rng(99).normal(size=(12, 12))

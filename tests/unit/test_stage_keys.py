@@ -8,21 +8,24 @@ import pytest
 
 from helpers import artifacts, dependencies, models
 from helpers.artifacts import Artifact, Store
-from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
-from helpers.experiments.alignment import Recipe, align
-from helpers.experiments.filtering import FilteringExperiment, Point
-from helpers.experiments.refusal import RefusalExperiment
-from helpers.experiments.sentiment import SentimentExperiment
-from helpers.experiments.steering import Arm, SteeringExperiment
-from helpers.experiments.traits import Defence, Experiment, Run
-from helpers.experiments.weights import WeightExperiment
-from helpers.params import (
-    FilteringParams,
-    PreventativeSteeringParams,
-    PromptOnlyParams,
-    RefusalParams,
-    WeightSteeringParams,
-)
+from helpers.chapters.fihs_filtering import study as filtering
+from helpers.chapters.fihs_filtering.params import FilteringParams
+from helpers.chapters.fihs_filtering.study import FilteringExperiment, Point
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.chapters.prompt_only_steering import study as steering
+from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.study import Arm, SteeringExperiment
+from helpers.chapters.refusal_redistribution import sentiment
+from helpers.chapters.refusal_redistribution import study as refusal
+from helpers.chapters.refusal_redistribution.params import RefusalParams
+from helpers.chapters.refusal_redistribution.sentiment import SentimentExperiment
+from helpers.chapters.refusal_redistribution.study import RefusalExperiment
+from helpers.chapters.weight_diff_steering import study as weights
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
+from helpers.chapters.weight_diff_steering.study import WeightExperiment
+from helpers.studies import alignment, traits
+from helpers.studies.alignment import Recipe, align
+from helpers.studies.traits import Defence, Experiment, Run
 
 GIVEN = {"preset": "tiny", "dtype": "float32"}
 POINTS = [Point("task", "Which desk?", "World")]
