@@ -13,8 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from helpers.building.plan import plan as building
-from helpers.building.plan.console import Console
+from helpers.building import plan as building
+from helpers.building.console import Console
 from helpers.params import ParameterError
 from snakemake.logging import logger
 
@@ -29,7 +29,7 @@ try:
 except (building.BuildError, ParameterError) as error:
     sys.exit(str(error))
 
-STEP = f"exec {shlex.quote(sys.executable)} -m helpers.building.plan.steps --tree {TREE} --builder {os.getpid()} --log"
+STEP = f"exec {shlex.quote(sys.executable)} -m helpers.building.steps --tree {TREE} --builder {os.getpid()} --log"
 CHAPTER, SITE = building.mark(TREE, "{chapter}"), building.mark(TREE, "site")
 
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     try:
         if chosen.command == "execute":
-            from helpers.building.plan.execution import ExecutionError, execute
+            from helpers.building.execution import ExecutionError, execute
 
             try:
                 execute(chosen.notebook, chosen.output, _given(chosen), lines=chosen.lines)

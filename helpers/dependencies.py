@@ -49,13 +49,13 @@ def data_sources(notebook: str | Path) -> list[Path]:
 
     Each name in the notebook stands for every function and class of the helpers it uses that is called so, and so on
     with the names in those, whether or not that code is reached: rather a file too many than one too few. A file is
-    read by what names it, `"quiz.jsonl"`, or its folder. What `helpers.params` looks up does not count: it decides
+    read by what names it, `"quiz.jsonl"`, or its folder. What a `params.py` looks up does not count: it decides
     parameters, which the build compares by their values.
     """
     trees: list[ast.AST] = [_parsed(_code(notebook))]
     defined: dict[str, list[ast.AST]] = {}
     for path in notebook_sources(notebook):
-        if path == PACKAGE / "params.py":
+        if path.name == "params.py":
             continue
         for statement in _parsed(path.read_text("utf-8"), path.name).body:
             if isinstance(statement, ast.FunctionDef | ast.ClassDef):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from helpers.building.plan.plan import PROJECT
+from helpers.building.plan import PROJECT
 
 STOPPED = "Stopped: "
 """What the last line of a step's log begins with if the step could say why it stopped."""

@@ -18,7 +18,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from helpers.progress import DISPLAY
 
 if TYPE_CHECKING:
-    from helpers.building.plan.execution import Watch
+    from helpers.building.execution import Watch
 
 FAILURES = (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError, RuntimeError, OSError)
 """What can come of executing a notebook."""
@@ -100,7 +100,7 @@ class _Engine(NBClientEngine):
     def execute_managed_notebook(
         cls, nb_man: Any, kernel_name: str, *, watch: Any = None, folder: str = "", **_: Any
     ) -> None:
-        from helpers.building.plan.execution import PATIENCE
+        from helpers.building.execution import PATIENCE
 
         watch.begin(nb_man.nb)
         client = _Client(

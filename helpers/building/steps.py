@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.building.plan.console import STOPPED
-from helpers.building.plan.plan import PROJECT, BuildError, helper_files, mark, one_line, prose
+from helpers.building.console import STOPPED
+from helpers.building.plan import PROJECT, BuildError, helper_files, mark, one_line, prose
 from helpers.params import ParameterError
 
 
@@ -38,7 +38,7 @@ def make_chapter(chapter: str, tree: str, given: Mapping[str, Any]) -> None:
     Raises:
         ExecutionError: if it could not be executed; what it got done is kept as `.failed.ipynb`.
     """
-    from helpers.building.plan.execution import ExecutionError, execute
+    from helpers.building.execution import ExecutionError, execute
 
     (PROJECT / tree / ".making").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=PROJECT / tree / ".making", ignore_cleanup_errors=True) as folder:
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             done.parent.mkdir(exist_ok=True)
             done.touch()
     except Exception as error:
-        from helpers.building.plan.execution import ExecutionError
+        from helpers.building.execution import ExecutionError
 
         known = isinstance(error, BuildError | ExecutionError | ParameterError)
         if not known:

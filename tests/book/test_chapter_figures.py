@@ -7,13 +7,15 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from test_site import CHAPTERS, SITE
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from helpers.book.captions import figures_of
 from helpers.book.findings import load_claims
 from helpers.book.pages import MAP
 
 PROJECT = Path(__file__).resolve().parents[2]
+CHAPTERS = [page for page in map(str, parse_toc_yaml(PROJECT / "_toc.yml")) if page.startswith("notebooks/")]
+SITE = PROJECT / "book" / "executed" / "tiny" / "_build" / "html"
 NOTEBOOKS = {page: nbformat.read(PROJECT / f"{page}.ipynb", as_version=4) for page in CHAPTERS}
 NAMES = {page: [cell.metadata.figure.name for cell, _ in figures_of(book)] for page, book in NOTEBOOKS.items()}
 

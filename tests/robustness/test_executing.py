@@ -13,9 +13,9 @@ import nbformat
 import papermill
 import pytest
 from filelock import FileLock
-from helpers.building.plan.execution import execute
 
 from helpers import cli, machine
+from helpers.building.execution import execute
 from helpers.chapters import CHAPTERS
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 from helpers.params import PROJECT

@@ -8,11 +8,11 @@ import subprocess
 import nbformat
 import pytest
 import torch
-from helpers.building.plan.execution import ExecutionError, execute
 
 from helpers import artifacts, files
 from helpers.artifacts import Store, StoreError, file_digest
 from helpers.book.findings import Findings, provenance
+from helpers.building.execution import ExecutionError, execute
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 
 

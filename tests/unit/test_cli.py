@@ -6,10 +6,10 @@ import os
 import nbformat
 import pytest
 import torch
-from helpers.building.plan.execution import execute
 
 from helpers import cli
 from helpers.artifacts import Store
+from helpers.building.execution import execute
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 from helpers.params import PROJECT, ParameterError
 
