@@ -1,6 +1,7 @@
 """The steps of a build, each whole or not at all: a chapter, the pages made from its runs, or the site.
 
-    python -m helpers.steps 02_ip_loss_reduction --tree book/executed/tiny --given '{"preset": "tiny"}' --log x.log
+    python -m helpers.steps 02_ip_loss_reduction \\
+        --tree book/executed/tiny --given '{"preset": "tiny"}' --log x.log
 
 The Snakefile runs them; a reader's own command for one chapter is `python -m helpers execute`.
 """
