@@ -22,8 +22,8 @@ def pictures(described: Mapping[str, Any], executed: Mapping[str, Any]) -> dict[
     found = {}
     for chapter, notebook in executed.items():
         cells = {cell.metadata.figure.name: cell for cell, _ in figures_of(notebook)}
-        cell = cells[described["chapters"][chapter]["figure"]]
-        if picture := drawn(cell):
+        cell = cells.get(described["chapters"][chapter]["figure"])
+        if cell and (picture := drawn(cell)):
             found[chapter] = base64.b64decode(picture), cell.metadata.mystnb.image.alt
     return found
 

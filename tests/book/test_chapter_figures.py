@@ -38,6 +38,11 @@ def test_every_caption_begins_with_a_title_and_says_what_to_look_at(name):
         assert re.search(r"\b[Ll]ook(?! closer)\b", caption.source), caption.source
 
 
+def test_the_figure_on_a_chapter_s_card_is_one_of_its_figures():
+    described = yaml.safe_load((PROJECT / "book" / "map.yml").read_text("utf-8"))["chapters"]
+    assert all(described[Path(page).name]["figure"] in figures for page, figures in NAMES.items())
+
+
 def test_no_two_figures_have_the_same_name():
     names = [name for names in NAMES.values() for name in names]
     assert len(names) == len(set(names)) > 40

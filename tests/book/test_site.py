@@ -29,7 +29,8 @@ FACTS = """() => {
     const content = [...fold.children].filter(child => !["SUMMARY", "STYLE"].includes(child.tagName));
     const shows = content.some(child => child.getBoundingClientRect().height > 0);
     const cell = fold.closest(".cell"), output = cell?.querySelector(":scope > .cell_output");
-    const bare = !!cell && cell.classList.contains("tag_hide-input") && !(output?.getBoundingClientRect().height > 0);
+    const bare = !!cell && cell.classList.contains("tag_hide-input") && !cell.classList.contains("tag_hide-output")
+      && !(output?.getBoundingClientRect().height > 0);
     const text = fold.querySelector("summary").innerText.trim();
     return {text, wasOpen, solution, bare, opens: fold.open && shows};
   });

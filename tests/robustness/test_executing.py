@@ -337,7 +337,9 @@ def test_the_kernel_is_of_this_python_whatever_comes_first(tmp_path, monkeypatch
     finally:
         os.umask(before)
     assert output.stat().st_mode & 0o777 == 0o644
-    assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text.strip() == sys.executable
+    assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text.strip() == sys.executable.removeprefix(
+        f"{PROJECT}/"
+    )
 
 
 def test_what_a_cell_prints_is_kept_however_much_it_is_and_progress_is_not(tmp_path, capfd):
