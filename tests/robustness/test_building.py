@@ -22,11 +22,11 @@ import nbformat
 import psutil
 import pytest
 from filelock import FileLock
-from helpers.building.plan import BuildError
 from snakemake.cli import parse_config
 
-from helpers.building.console import Console
 from helpers.building import plan as building
+from helpers.building.console import Console
+from helpers.building.plan import BuildError
 from helpers.chapters import CHAPTERS
 from helpers.params import ParameterError
 

@@ -13,24 +13,8 @@ import pytest
 from helpers.book.findings import Findings
 
 PROJECT = Path(__file__).resolve().parents[2]
-SHOWN = [
-    "dependencies",
-    "documentation",
-    "editions",
-    "findings",
-    "interactive",
-    "pages",
-    "scoreboard",
-    "measurements",
-    "captions",
-    "overview",
-    "building",
-    "steps",
-    "console",
-    "execution",
-    "kernels",
-]
-"""Modules that read notebooks or show something in them; `dependencies` does so in one function."""
+OF_THE_BOOK = ("dependencies", "book", "building", "cli", "__main__")
+"""What needs the extra `book`; `dependencies` does in the function that reads notebooks."""
 SETTINGS = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
@@ -64,17 +48,16 @@ def imported(path):
 
 @pytest.mark.parametrize("path", modules(), ids=name)
 def test_what_a_module_imports_is_asked_for_by_name(path):
-    of_the_book = name(path).split(".")[0] in (*SHOWN, "cli")
-    through_jupyter_book = {"myst-nb", "sphinx", "sphinx-external-toc"}
-    allowed = (
-        CORE | BOOK | through_jupyter_book if of_the_book else CORE | ({"ipython"} if name(path) == "params" else set())
-    )
+    if name(path).split(".")[0] in OF_THE_BOOK:
+        allowed = CORE | BOOK | {"jupyter-client", "myst-nb", "nbclient", "sphinx", "sphinx-external-toc"}
+    else:  # what only a notebook reaches may ask IPython about it
+        allowed = CORE | ({"ipython"} if name(path) in ("params", "progress") else set())
     assert imported(path) <= allowed
 
 
 def test_the_core_imports_without_what_only_the_book_needs():
-    core = [f"helpers.{name(p)}" for p in modules() if name(p).split(".")[0] not in (*SHOWN, "__main__")]
-    core = [module for module in core if module not in ("helpers.helpers", "helpers.__init__", "helpers.")]
+    core = [f"helpers.{name(path)}" for path in modules() if path.parent.name != "helpers" or path.stem[0] != "_"]
+    core = [module for module in core if module.split(".")[1] not in {*OF_THE_BOOK} - {"dependencies"}]
     refused = {*BOOK, "IPython", "jupyter_book", "myst_nb", "sphinx", "nbclient", "jupyter_client"}
     code = f"""
 import sys
