@@ -23,12 +23,12 @@ from helpers.chapters.fihs_filtering.study import FilteringExperiment
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.chapters.prompt_only_steering.method import Pair, Run, States, train_vectors
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
-from helpers.chapters.prompt_only_steering.study import Arm, SteeringExperiment
+from helpers.chapters.prompt_only_steering.study import SteeringExperiment, SteeringMethod
 from helpers.chapters.refusal_redistribution.attack import (
     POSITIONS,
     candidate_directions,
     choose,
-    score_by_screening,
+    score_by_halving,
     score_exhaustively,
 )
 from helpers.chapters.refusal_redistribution.params import RefusalParams
@@ -331,7 +331,7 @@ def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_pat
 # The attack
 
 
-def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
+def test_successive_halving_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
     """The same first direction of chapter 4's start model, at least 5 times as fast.
 
     The candidates are the quick preset's, the prompts all from which it takes directions (it scores on fewer). Both
@@ -349,14 +349,14 @@ def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_tim
     def exhaustively():
         found["exhaustive"] = score_exhaustively(model, raw, ablated=ablated, **settings)
 
-    def screened():
-        found["screened"] = score_by_screening(model, raw, ablated=ablated, screening=attack.screening, **settings)
+    def halved():
+        found["halved"] = score_by_halving(model, raw, ablated=ablated, halving=attack.halving, **settings)
 
     times = {"exhaustive": [seconds(exhaustively)]}
-    benchmark.pedantic(screened, rounds=1)
+    benchmark.pedantic(halved, rounds=1)
     times["ours"] = list(benchmark.stats.stats.data)
     ratios = by_ours(times)
-    every, kept = found["exhaustive"], found["screened"].scored
+    every, kept = found["exhaustive"], found["halved"].scored
     sums, choices = every.log_odds + every.kl, {name: choose(table) for name, table in found.items()}
     report(
         benchmark,
@@ -370,9 +370,9 @@ def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_tim
         **ratios,
     )
     for name in ("log_odds", "kl"):  # batches of other shapes round differently in bfloat16
-        one, other = (getattr(table, name)[kept] for table in (found["screened"], every))
+        one, other = (getattr(table, name)[kept] for table in (found["halved"], every))
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)
-    assert choices["screened"] == choices["exhaustive"]
+    assert choices["halved"] == choices["exhaustive"]
     meets(ratios, "exhaustive / ours", at_least=5)
 
 
@@ -552,9 +552,9 @@ def test_prompt_only_steering_costs_decoding_nothing(benchmark, steering_chapter
     """At most 1.02 times an unsteered step, by medians of steps in turns; steering every token is reported beside."""
     chapter = steering_chapter
     arms = {
-        "unsteered": Arm(),
-        "PrOSV": Arm("difference in means", "ends"),
-        "FSSV": Arm("difference in means", "all"),
+        "unsteered": SteeringMethod(),
+        "PrOSV": SteeringMethod("difference in means", "ends"),
+        "FSSV": SteeringMethod("difference in means", "all"),
     }
     chapter.shifts(arms["FSSV"])
     (costs,) = benchmark.pedantic(

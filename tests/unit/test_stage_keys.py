@@ -14,7 +14,7 @@ from helpers.chapters.fihs_filtering.study import FilteringExperiment, Point
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.chapters.prompt_only_steering import study as steering
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
-from helpers.chapters.prompt_only_steering.study import Arm, SteeringExperiment
+from helpers.chapters.prompt_only_steering.study import SteeringExperiment, SteeringMethod
 from helpers.chapters.refusal_redistribution import sentiment
 from helpers.chapters.refusal_redistribution import study as refusal
 from helpers.chapters.refusal_redistribution.params import RefusalParams
@@ -105,7 +105,7 @@ STAGES = {
         "steering-vectors": lambda exp: exp.sweep("ends"),
         "steering-check": lambda exp: exp.unsteered_losses(),
         "steering-means": lambda exp: exp.difference_in_means(),
-        "steering-answers": lambda exp: exp._say([(Arm("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
+        "steering-answers": lambda exp: exp._generate([(SteeringMethod("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
         "steering-features": lambda exp: exp._features([("Why?", "So.")]),
     },
     "alignment": {"aligned": lambda model: align(model, Recipe())},

@@ -80,7 +80,7 @@ NOTHING = "Please say something."
 
 
 @dataclass(frozen=True)
-class Arm:
+class SteeringMethod:
     """One way of steering every concept; the default does nothing."""
 
     method: Literal["none", "prompting", "difference in means", "trained", "LoRA"] = "none"
@@ -123,8 +123,8 @@ class SteeringExperiment:
         self.concepts = params.concepts
         self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
         self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}
-        self._trained: dict[Arm, list[Trained]] = {}
-        self._answers: dict[tuple[Arm, Part, bool], list[list[Answer]]] = {}
+        self._trained: dict[SteeringMethod, list[Trained]] = {}
+        self._answers: dict[tuple[SteeringMethod, Part, bool], list[list[Answer]]] = {}
 
     # Data
 
@@ -153,7 +153,7 @@ class SteeringExperiment:
         if concept not in self._parts:
             _, rows = corpora.load_axbench(int(concept))
             open_ = [question for question, _, plain in rows if plain is None]
-            said = self._say([(Arm(), 0, question) for question in open_], self.params.response_tokens)
+            said = self._generate([(SteeringMethod(), 0, question) for question in open_], self.params.response_tokens)
             own = dict(zip(open_, said, strict=True))
             found = [ConceptRow(q, own[q] if plain is None else plain, shown) for q, shown, plain in rows]
             self._parts[concept] = found[:-36], found[-36:-20], found[-20:]
@@ -230,7 +230,7 @@ class SteeringExperiment:
         """What the chapter's layer gives for training pairs, read once for all arms."""
         return States(self.model, self.params.layer)
 
-    def runs(self, arm: Arm) -> list[Run]:
+    def runs(self, arm: SteeringMethod) -> list[Run]:
         """What is trained for an arm: the cell of the grid that served best on other concepts, for every concept."""
         p = self.params
         beta, rate = self.best(arm.where)
@@ -239,7 +239,7 @@ class SteeringExperiment:
             for c in self.concepts
         ]
 
-    def trained(self, arm: Arm) -> list[Trained]:
+    def trained(self, arm: SteeringMethod) -> list[Trained]:
         """One vector for every concept, trained in one batched run."""
         arm = replace(arm, scale=1.0)
         if arm not in self._trained:
@@ -370,7 +370,7 @@ class SteeringExperiment:
             },
         ).tensors["vectors"]
 
-    def shifts(self, arm: Arm) -> Float[Tensor, "concept d_model"]:
+    def shifts(self, arm: SteeringMethod) -> Float[Tensor, "concept d_model"]:
         """alpha v of every concept."""
         if arm.method == "difference in means":
             found = self.difference_in_means()
@@ -381,12 +381,12 @@ class SteeringExperiment:
 
     # Answers
 
-    def answers(self, arm: Arm, part: Part = "test", *, forbidden: bool = False) -> list[list[Answer]]:
+    def answers(self, arm: SteeringMethod, part: Part = "test", *, forbidden: bool = False) -> list[list[Answer]]:
         """What the steered model says to each concept's questions; `forbidden`: they also say to avoid the concept."""
         self.answer_together([arm], part, forbidden=forbidden)
         return self._answers[arm, part, forbidden]
 
-    def answer_together(self, arms: Sequence[Arm], part: Part = "test", *, forbidden: bool = False) -> None:
+    def answer_together(self, arms: Sequence[SteeringMethod], part: Part = "test", *, forbidden: bool = False) -> None:
         """Have many arms answer in one go, before each is asked for: a decoding step costs little more for more rows.
 
         Rows of other arms change an arm's answers by rounding alone.
@@ -398,17 +398,17 @@ class SteeringExperiment:
             for i, c in enumerate(self.concepts)
             for question in self.questions(c, part)
         ]
-        said = list(zip(asked, self._say(asked, self.params.max_new_tokens), strict=True))
+        said = list(zip(asked, self._generate(asked, self.params.max_new_tokens), strict=True))
         for arm in new:
             self._answers[arm, part, forbidden] = [
                 [text for (of, i, _), text in said if of == arm and i == c] for c in range(len(self.concepts))
             ]
 
-    def _worded(self, arm: Arm, concept: str, question: str, forbidden: bool) -> str:
+    def _worded(self, arm: SteeringMethod, concept: str, question: str, forbidden: bool) -> str:
         text = f"{self.ask(concept)}\n\nQuestion: {question}" if arm.method == "prompting" else question
         return f"{text} {self.avoid(concept)}" if forbidden else text
 
-    def _say(self, asked: Sequence[tuple[Arm, int, str]], max_new_tokens: int) -> list[Answer]:
+    def _generate(self, asked: Sequence[tuple[SteeringMethod, int, str]], max_new_tokens: int) -> list[Answer]:
         """Answers to (arm, concept, prompt) triples, each under its arm's steering towards its concept."""
         pushes = self._pushes([(arm, i) for arm, i, _ in asked])
         adapted = {arm: [k for k, (of, _, _) in enumerate(asked) if of == arm] for arm, _, _ in asked if arm.adapts}
@@ -440,7 +440,7 @@ class SteeringExperiment:
         )
         return answers_of(kept.facts)
 
-    def _pushes(self, rows: Sequence[tuple[Arm, int]]) -> list[tuple[Where, Float[Tensor, "row d_model"]]]:
+    def _pushes(self, rows: Sequence[tuple[SteeringMethod, int]]) -> list[tuple[Where, Float[Tensor, "row d_model"]]]:
         """What is added, place by place, to rows that belong to these arms and concepts: 0 where another is meant."""
         shifts = {arm: self.shifts(arm) for arm, _ in rows if arm.adds}
         found = []
@@ -452,14 +452,14 @@ class SteeringExperiment:
             found.append((place, mine))
         return found
 
-    def _adapter(self, arm: Arm) -> dict[str, Any]:
+    def _adapter(self, arm: SteeringMethod) -> dict[str, Any]:
         """What decides the adapters of all concepts."""
         p = self.params
         shown = [[[pair.shown.prompt_length, *pair.shown.ids] for pair in self.pairs(c)] for c in self.concepts]
         shape = {"steps": p.steps, "batch_size": p.batch_size, "seed": arm.seed}
         return {"shown": shown, "rank": 1, "learning_rate": p.lora_rate, **shape}
 
-    def _say_adapted(self, arm: Arm, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[Answer]:
+    def _say_adapted(self, arm: SteeringMethod, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[Answer]:
         """The reference that changes weights: LoRA of rank 1 on the same pairs, one model a concept."""
         p, said = self.params, [Answer("")] * len(asked)
         for c, concept in enumerate(self.concepts):
@@ -482,7 +482,9 @@ class SteeringExperiment:
         """Learnt from training rows, and from what the unsteered model says to the check questions."""
         shown = {c: [row.strong for row in self.rows(c, "train")] for c in self.concepts}
         plain = [row.normal for c in self.concepts for row in self.rows(c, "train")]
-        return ConceptJudge.fit(shown, [*plain, *(a for of_one in self.answers(Arm(), "check") for a in of_one)])
+        return ConceptJudge.fit(
+            shown, [*plain, *(a for of_one in self.answers(SteeringMethod(), "check") for a in of_one)]
+        )
 
     def planted(self, part: Literal["train", "check"]) -> dict[str, Cases]:
         """Features of texts whose relevance, or fluency, is known since we made them so, and whether they are good."""
@@ -493,7 +495,7 @@ class SteeringExperiment:
             for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
                 related += [(row.question, row.normal), (row.question, row.strong)]
                 unrelated += [(row.question, other.normal), (row.question, other.strong)]
-                broken += [(row.question, spoil(text, rng)) for text in (row.normal, row.strong)]
+                broken += [(row.question, corrupt(text, rng)) for text in (row.normal, row.strong)]
         relevance, fluency = self._features([*related, *unrelated, *broken])
         good = np.repeat([True, False, False], len(related))
         real = np.repeat([True, True, False], len(related))
@@ -548,11 +550,11 @@ class SteeringExperiment:
             (judges["fluency"].rate(fluency) * worded).reshape(shape),
         )
 
-    def ratings(self, arm: Arm, part: Part = "test", *, forbidden: bool = False) -> Ratings:
+    def ratings(self, arm: SteeringMethod, part: Part = "test", *, forbidden: bool = False) -> Ratings:
         """What an arm's answers are rated."""
         return self.rate(self.answers(arm, part, forbidden=forbidden), part)
 
-    def with_best_factor(self, arm: Arm) -> Arm:
+    def with_best_factor(self, arm: SteeringMethod) -> SteeringMethod:
         """The post-hoc factor: for every concept the scale with the lowest mean loss on all of its check answers.
 
         Ties go to the scale that changes the factor least.
@@ -572,7 +574,7 @@ class SteeringExperiment:
 
     # Utility
 
-    def utility(self, arms: Sequence[Arm]) -> list[dict[corpora.QuizTask, Bool[Array, "repeat item"]]]:
+    def utility(self, arms: Sequence[SteeringMethod]) -> list[dict[corpora.QuizTask, Bool[Array, "repeat item"]]]:
         """Which items of each quiz each arm answers rightly; all are asked in one go.
 
         Every item is asked under `item_repeats` concepts, taken in turns.
@@ -587,7 +589,7 @@ class SteeringExperiment:
         worded = [
             (arm, c, self._worded(arm, self.concepts[c], row.question, False)) for arm in arms for c, row in asked
         ]
-        said = self._say(worded, p.quiz_tokens)
+        said = self._generate(worded, p.quiz_tokens)
         right = np.array([row.right(t) for (_, row), t in zip(asked * len(arms), said, strict=True)])
         of_arms = right.reshape(len(arms), p.item_repeats, -1)
         return [dict(zip(QUIZZES, np.split(of_one, len(QUIZZES), axis=1), strict=True)) for of_one in of_arms]
@@ -600,7 +602,9 @@ class SteeringExperiment:
         batch = collate([prompt], self.model.tokenizer.pad_token_id)
         return f"{int(batch.positions(self.place(place)).sum())} of {len(prompt)}"
 
-    def decoding_costs(self, arms: dict[str, Arm], contexts: Sequence[int], *, steps: int = 12) -> list[dict[str, Any]]:
+    def decoding_costs(
+        self, arms: dict[str, SteeringMethod], contexts: Sequence[int], *, steps: int = 12
+    ) -> list[dict[str, Any]]:
         """Median milliseconds for one more token of each of four answers, by context; measured anew in every run.
 
         Arms take turns at every step, so that a busy machine slows them alike.
@@ -638,7 +642,7 @@ class SteeringExperiment:
         )
 
 
-def spoil(text: str, rng: random.Random) -> str:
+def corrupt(text: str, rng: random.Random) -> str:
     """A text broken on purpose: its words shuffled, its opening looped, or every word said twice."""
     words = text.split()
     kind = rng.choice(["shuffled", "looped", "doubled"])

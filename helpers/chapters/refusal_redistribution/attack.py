@@ -232,7 +232,7 @@ class Scores:
     induce: Float[Tensor, "layer position"]
     """Mean refusal log-odds of harmless prompts with the raw difference added after its layer.
 
-    NaN also where the KL exceeds the limit and screening did not need it.
+    NaN also where the KL exceeds the limit and successive halving did not need it.
     """
 
     @property
@@ -309,13 +309,13 @@ class _Scorer:
         """
         which = list(which)
         self._catch_up(self._ablate, self.read_ablated, which, rounds)
-        bad, fine = self.ends[rounds - 1]
-        kl = self.kl[:, :fine].mean(1)
-        gentle = [c for c in which if kl[c] <= up_to]
-        self._catch_up(self._add, self.read_added, gentle, rounds)
+        harmful, harmless = self.ends[rounds - 1]
+        kl = self.kl[:, :harmless].mean(1)
+        below_kl_limit = [c for c in which if kl[c] <= up_to]
+        self._catch_up(self._add, self.read_added, below_kl_limit, rounds)
         rows = torch.full((3, len(self.raw)), float("nan"), dtype=torch.float64)
-        rows[:2, which] = torch.stack([self.log_odds[:, :bad].mean(1), kl])[:, which]
-        rows[2, gentle] = self.induce[gentle, :fine].mean(1)
+        rows[:2, which] = torch.stack([self.log_odds[:, :harmful].mean(1), kl])[:, which]
+        rows[2, below_kl_limit] = self.induce[below_kl_limit, :harmless].mean(1)
         return Scores(*rows.view(3, *self.shape))
 
     def _catch_up(
@@ -323,32 +323,32 @@ class _Scorer:
     ) -> None:
         """Let candidates read what they have not yet of the first `rounds` rounds' prompts, many in a pass."""
         for part, (begin, end) in enumerate(pairwise([(0, 0), *self.ends[:rounds]])):
-            bad, fine = (slice(*bounds) for bounds in zip(begin, end, strict=True))
+            harmful, harmless = (slice(*bounds) for bounds in zip(begin, end, strict=True))
             todo = [c for c in which if done[c] == part]
-            rows = len(self.harmful[bad]) + len(self.harmless[fine])
+            rows = len(self.harmful[harmful]) + len(self.harmless[harmless])
             for some in _chunks(todo, max(1, ROWS_AT_ONCE // rows)) if rows else ():
-                read(some, bad, fine)
+                read(some, harmful, harmless)
             for c in todo:
                 done[c] = part + 1
 
     @torch.no_grad()
-    def _ablate(self, which: Sequence[int], bad: slice, fine: slice) -> None:
+    def _ablate(self, which: Sequence[int], harmful: slice, harmless: slice) -> None:
         """Log-odds and KL with each direction projected out as well; all are read in one pass."""
-        prompts = [*self.harmful[bad], *self.harmless[fine]]
+        prompts = [*self.harmful[harmful], *self.harmless[harmless]]
         reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(which))
         bases = tuple(torch.cat([self.ablated, unit(self.raw[c])[None]]) for c in which)
         each = AblateRows(bases, tuple(copy for copy in range(len(which)) for _ in prompts))
         for c, logits in zip(which, reads.last_logits(self.model, (each,)).split(len(prompts)), strict=True):
-            harmful, harmless = logits.tensor_split([len(self.harmful[bad])])
-            self.log_odds[c, bad] = refusal_log_odds(harmful, self.refusal_ids)
-            after = harmless.log_softmax(-1)
-            kl = torch.nn.functional.kl_div(after, self.before[fine], log_target=True, reduction="none").sum(-1)
-            self.kl[c, fine] = kl.cpu().double()
+            of_harmful, of_harmless = logits.tensor_split([len(self.harmful[harmful])])
+            self.log_odds[c, harmful] = refusal_log_odds(of_harmful, self.refusal_ids)
+            after = of_harmless.log_softmax(-1)
+            kl = torch.nn.functional.kl_div(after, self.before[harmless], log_target=True, reduction="none").sum(-1)
+            self.kl[c, harmless] = kl.cpu().double()
 
     @torch.no_grad()
-    def _add(self, which: Sequence[int], bad: slice, fine: slice) -> None:
+    def _add(self, which: Sequence[int], harmful: slice, harmless: slice) -> None:
         """Log-odds of refusing harmless prompts with each difference added after its layer."""
-        prompts = self.harmless[fine]
+        prompts = self.harmless[harmless]
         if not prompts:
             return
         reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(which))
@@ -357,7 +357,7 @@ class _Scorer:
         steers = [SteerRows(layer, (raw * (at == layer)[:, None])[each]) for layer in at.unique().tolist()]
         logits = reads.last_logits(self.model, (*ablating(self.ablated), *steers))
         odds = refusal_log_odds(logits, self.refusal_ids)
-        self.induce[list(which), fine] = odds.view(len(which), len(prompts))
+        self.induce[list(which), harmless] = odds.view(len(which), len(prompts))
 
 
 def _shuffled(prompts: Sequence[Example]) -> list[Example]:
@@ -412,22 +412,17 @@ def score_exhaustively(
 
 
 @dataclass(frozen=True)
-class Screening:
-    """How many candidates are left after each sieve.
+class SuccessiveHalving:
+    """Score all candidates on a few prompts of a kind, the best of them on more, and the best of these on all."""
 
-    All are scored on a few prompts of a kind (see `ROUNDS`), `wide` of them on some more, and `exact` on all.
-    """
-
-    wide: int = 36
-    exact: int = 12
-
-
-ROUNDS = ((2, 1 / 16), (6, 3 / 16), (1, 1.0))
-"""The prompts of a kind that each round reads: at least so many, or this share of them. Chosen on exhaustive scores of
-two of chapter 4's models, over five steps of the attack, and checked on two others."""
+    keep: tuple[int, ...] = (36, 12)
+    """Candidates left after each round but the last."""
+    prompts: tuple[tuple[int, float], ...] = ((2, 1 / 16), (6, 3 / 16), (1, 1.0))
+    """The prompts of a kind that each round reads: at least so many, or this share of them. Chosen on exhaustive scores
+    of two of chapter 4's models, over five steps of the attack, and checked on two others."""
 
 
-def score_by_screening(
+def score_by_halving(
     model: Model,
     candidates: Float[Tensor, "layer position d_model"],
     harmful: Sequence[Example],
@@ -436,17 +431,17 @@ def score_by_screening(
     refusal_ids: Sequence[int],
     layers: Sequence[int],
     ablated: Float[Tensor, "k d_model"] | None = None,
-    screening: Screening | None = None,
+    halving: SuccessiveHalving | None = None,
     kl_limit: float = KL_LIMIT,
     batch_size: int = 64,
 ) -> Scores:
     """Scores of the most promising candidates only, those of `score_exhaustively` but for rounding; NaN for the others.
 
-    Successive halving (Jamieson and Talwalkar 2016) with exact scores: each sieve reads more prompts for fewer
+    Successive halving (Jamieson and Talwalkar 2016) with exact scores: each round reads more prompts for fewer
     candidates. A few prompts may mislead it, so the best of all need not be left. `induce` is not looked at in the
     first round, and is NaN where the KL exceeds the limit. Raises as `score_exhaustively`.
     """
-    screening = screening or Screening()
+    halving = halving or SuccessiveHalving()
     scorer = _Scorer(
         model,
         candidates,
@@ -455,14 +450,15 @@ def score_by_screening(
         refusal_ids=refusal_ids,
         layers=layers,
         ablated=ablated,
-        rounds=ROUNDS,
+        rounds=halving.prompts,
         batch_size=batch_size,
     )
     left = list(range(len(scorer.raw)))
-    for rounds, keep, up_to in ((1, screening.wide, -inf), (2, screening.exact, kl_limit)):
+    for rounds, keep in enumerate(halving.keep, 1):
+        up_to = -inf if rounds == 1 else kl_limit
         if len(left) > keep:
             left = ranking(scorer.scores(left, rounds, up_to), kl_limit)[:keep]
-    return scorer.scores(left, len(ROUNDS), kl_limit)
+    return scorer.scores(left, len(halving.prompts), kl_limit)
 
 
 def _spread(prompts: Sequence[Example], count: int | None) -> list[Example]:
@@ -515,7 +511,7 @@ class AttackSettings:
     layers: tuple[int, ...] | None = None
     positions: tuple[int, ...] = POSITIONS
     scoring: Scoring = "screened"
-    screening: Screening = field(default_factory=Screening)
+    halving: SuccessiveHalving = field(default_factory=SuccessiveHalving)
     scored_on: int | None = None
     """Prompts of a kind that a score is a mean over, spread evenly; None: all. Directions always come from all."""
     kl_limit: float = KL_LIMIT
@@ -548,7 +544,7 @@ def iterated_ablation(
         )
     layers = attacked_layers(model) if settings.layers is None else settings.layers
     scored: dict[str, Any] = {"refusal_ids": refusal_ids, "layers": layers, "batch_size": settings.batch_size}
-    bad, fine = (_spread(prompts, settings.scored_on) for prompts in (harmful, harmless))
+    scored |= {"harmful": _spread(harmful, settings.scored_on), "harmless": _spread(harmless, settings.scored_on)}
     basis, steps = torch.zeros(0, model.width), list[Step]()
     if after is not None:
         after(0, basis)
@@ -557,10 +553,10 @@ def iterated_ablation(
             model, harmful, harmless, layers, settings.positions, basis, batch_size=settings.batch_size
         )
         if settings.scoring == "exhaustive":
-            scores = score_exhaustively(model, raw, bad, fine, ablated=basis, **scored)
+            scores = score_exhaustively(model, raw, ablated=basis, **scored)
         else:
-            limits: dict[str, Any] = {"screening": settings.screening, "kl_limit": settings.kl_limit}
-            scores = score_by_screening(model, raw, bad, fine, ablated=basis, **limits, **scored)
+            limits: dict[str, Any] = {"halving": settings.halving, "kl_limit": settings.kl_limit}
+            scores = score_by_halving(model, raw, ablated=basis, **limits, **scored)
         choice = choose(scores, settings.kl_limit)
         place = choice.layer, choice.position
         norm = float(raw[place].norm())
@@ -609,7 +605,7 @@ class Coherence:
 
     kl: float = 0.5
     """Nats. KL of the first token after harmless requests."""
-    oddness: float = 0.5
+    base_nll: float = 0.5
     """Nats a token. Rise of the log perplexity of answers under a model that was not attacked."""
 
 
@@ -627,14 +623,14 @@ def smallest_k(refused: Bool[np.ndarray, "rows request"], counts: Bool[np.ndarra
 
 def coherent(
     kl: Float[np.ndarray, "rows request"],
-    oddness: Sequence[Float[np.ndarray, "rows request"]],
+    base_nll: Sequence[Float[np.ndarray, "rows request"]],
     limits: Coherence = Coherence(),
 ) -> Bool[np.ndarray, " rows"]:
-    """Which rows (numbers of directions removed) leave a model that still talks; each `oddness` is of one kind."""
+    """Which rows (numbers of directions removed) leave a model that still talks; each `base_nll` is of one kind."""
     intact = kl.mean(1) <= limits.kl
-    for values in oddness:
+    for values in base_nll:
         means = values.mean(1)
-        intact &= means - means[0] <= limits.oddness
+        intact &= means - means[0] <= limits.base_nll
     return intact
 
 

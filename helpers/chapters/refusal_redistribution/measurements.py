@@ -37,7 +37,7 @@ class Attacked:
     """Harmful requests refused."""
     kl: Rows
     """KL(not attacked || attacked) of the first token after harmless requests, in nats."""
-    oddness: Mapping[str, Rows]
+    base_nll: Mapping[str, Rows]
     """By kind of request, the log perplexity of each answer under the model that was never trained."""
 
 
@@ -387,9 +387,9 @@ def _of_limit(run: Attacked, counts: Mapping[str, np.ndarray]) -> Float[np.ndarr
     """The largest of the changes that `Coherence` limits, as a share of its limit: above 1 a model fell silent."""
     limits = Coherence()
     changes = [run.kl @ counts["harmless"] / run.kl.shape[1] / limits.kl]
-    for kind, odd in run.oddness.items():
+    for kind, odd in run.base_nll.items():
         means = odd @ counts[kind] / odd.shape[1]
-        changes.append((means - means[0]) / limits.oddness)
+        changes.append((means - means[0]) / limits.base_nll)
     return np.max(changes, axis=0)
 
 

@@ -64,14 +64,8 @@ class RefusalParams(AlignedParams):
     stride: int = Field(
         ge=1, le=16, description="the attack looks for directions in every n-th block", json_schema_extra=LESS
     )
-    wide: int = Field(
-        ge=1, le=1000, description="candidate directions left after the first sieve", json_schema_extra=TIME
-    )
-    exact: int = Field(
-        ge=1,
-        le=1000,
-        description="candidate directions left after the second sieve",
-        json_schema_extra=TIME,
+    keep: tuple[Annotated[int, Field(ge=1, le=1000)], Annotated[int, Field(ge=1, le=1000)]] = Field(
+        description="candidate directions left after the first and the second round of halving", json_schema_extra=TIME
     )
     steps: int = Field(ge=1, le=100_000, description="optimizer steps of a condition", json_schema_extra=TIME)
     batch_size: int = Field(

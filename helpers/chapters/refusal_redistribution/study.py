@@ -21,7 +21,7 @@ from helpers.artifacts import Artifact, default_store
 from helpers.chapters.refusal_redistribution.attack import (
     AttackSettings,
     PromptSet,
-    Screening,
+    SuccessiveHalving,
     attacked_layers,
     candidate_directions,
     coherent,
@@ -80,7 +80,7 @@ class Judged:
     """By kind of request, to the test requests."""
     kl: Float[np.ndarray, "rows request"]
     """KL(not attacked || attacked) of the first token after harmless requests, in nats."""
-    oddness: Mapping[str, Float[np.ndarray, "rows request"]]
+    base_nll: Mapping[str, Float[np.ndarray, "rows request"]]
     """Log perplexity of each answer under the model that was never trained, in nats per token."""
 
     def refused(self, kind: Kind) -> Bool[np.ndarray, "rows request"]:
@@ -90,7 +90,7 @@ class Judged:
     @property
     def coherent(self) -> Bool[np.ndarray, " rows"]:
         """Which rows leave a model that still talks (`refusal_attack.coherent`)."""
-        return coherent(self.kl, list(self.oddness.values()))
+        return coherent(self.kl, list(self.base_nll.values()))
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class RefusalExperiment:
         asked = [text for texts in requests.values() for text in texts]
         artifact = self.store.get(
             "refusal-answers",
-            lambda: ({}, answer_facts(self._said(model, asked))),
+            lambda: ({}, answer_facts(self._generate(model, asked))),
             parameters={
                 "requests": asked,
                 "max_new_tokens": self.params.max_new_tokens,
@@ -223,7 +223,9 @@ class RefusalExperiment:
         said = iter(answers_of(artifact.facts))
         return {kind: [next(said) for _ in texts] for kind, texts in requests.items()}
 
-    def _said(self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()) -> list[Answer]:
+    def _generate(
+        self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()
+    ) -> list[Answer]:
         return generate(
             model,
             self.prompts(requests),
@@ -245,15 +247,15 @@ class RefusalExperiment:
                 "test": self.test,
                 "bases": [directions.tolist() for directions in bases],
                 "max_new_tokens": self.params.max_new_tokens,
-                "oddness under": self.base.digest,
+                "base model": self.base.digest,
                 **self.base.arithmetic,
             },
             model=digest,
         )
         facts = artifact.facts
-        oddness = {kind: np.array(rows) for kind, rows in facts["oddness"].items()}
+        base_nll = {kind: np.array(rows) for kind, rows in facts["base_nll"].items()}
         answers = {kind: [answers_of(row) for row in rows] for kind, rows in facts["answers"].items()}
-        return Judged(answers, np.array(facts["kl"]), oddness)
+        return Judged(answers, np.array(facts["kl"]), base_nll)
 
     def _judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> dict[str, Any]:
         harmless = self.prompts(self.test["harmless"])
@@ -264,7 +266,7 @@ class RefusalExperiment:
 
         logits = PromptSet.of(model, harmless, copies=len(bases)).last_logits(model, (each(harmless),))
         first = logits.log_softmax(-1).split(len(harmless))
-        answers = iter(self._said(model, asked * len(bases), (each(asked),)))
+        answers = iter(self._generate(model, asked * len(bases), (each(asked),)))
         said = [{kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED} for _ in bases]
         divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
         examples = [
@@ -272,11 +274,13 @@ class RefusalExperiment:
         ]
         distinct = list(dict.fromkeys(examples))  # an answer that stays as it was is scored once
         odd = dict(zip(distinct, self.losses(self.base, distinct).tolist(), strict=True))
-        oddness = iter(odd[example] for example in examples)
+        base_nll = iter(odd[example] for example in examples)
         return {
             "answers": {kind: [answer_facts(row[kind]) for row in said] for kind in ATTACKED},
             "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
-            "oddness": _by_kind([{kind: [next(oddness) for _ in self.test[kind]] for kind in ATTACKED} for _ in said]),
+            "base_nll": _by_kind(
+                [{kind: [next(base_nll) for _ in self.test[kind]] for kind in ATTACKED} for _ in said]
+            ),
         }
 
     def examples(self, requests: Sequence[str], answers: Sequence[str]) -> list[Example]:
@@ -338,7 +342,7 @@ class RefusalExperiment:
         """Where the attack looks for directions."""
         p = self.params
         layers = attacked_layers(self.base)[:: p.stride]
-        return AttackSettings(layers=layers, screening=Screening(wide=p.wide, exact=p.exact), scored_on=p.scored_on)
+        return AttackSettings(layers=layers, halving=SuccessiveHalving(p.keep), scored_on=p.scored_on)
 
     @property
     def probed_layer(self) -> int:
@@ -356,12 +360,12 @@ class RefusalExperiment:
     def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:
         """Attacks that do not go direction by direction: sets of orthonormal directions, by name."""
         p, layer = self.params, self.probed_layer
-        bad, fine = (self.prompts(self.train[kind][: p.prompts]) for kind in ATTACKED)
-        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in (bad, fine)])
-        harmful = torch.arange(len(x)) < len(bad)
+        prompts = [self.prompts(self.train[kind][: p.prompts]) for kind in ATTACKED]
+        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
+        harmful = torch.arange(len(x)) < len(prompts[0])
         leace = fit_leace(x.double().numpy(), harmful.numpy())
         both = torch.from_numpy(np.vstack([leace.directions, leace.readout])).float()
-        candidates = candidate_directions(model, bad, fine, self.settings.layers or ())
+        candidates = candidate_directions(model, prompts[0], prompts[1], self.settings.layers or ())
         return {
             "logistic probe": probe_direction(x, harmful),
             "LEACE": orthonormal(both),

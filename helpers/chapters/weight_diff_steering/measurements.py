@@ -18,7 +18,7 @@ Values = Float[np.ndarray, " question"]
 DEALS = 10_000
 
 
-def swing(minus: np.ndarray, plus: np.ndarray) -> np.ndarray:
+def steering_effect(minus: np.ndarray, plus: np.ndarray) -> np.ndarray:
     """Per answer: labelled at -alpha V, minus labelled at +alpha V."""
     return minus.astype(float) - plus.astype(float)
 
@@ -57,13 +57,13 @@ def topic(
         name: the topic.
         at: labels of the topic at "finetuned", "minus" and "plus".
         other: labels of the other topic at "minus" and "plus", along the same direction.
-        random: swings of the topic along random directions of equal norm.
+        random: effects of the topic along random directions of equal norm.
         shuffled: `deal_effects`.
     """
-    own = swing(at["minus"], at["plus"])
+    own, of_other = (steering_effect(a["minus"], a["plus"]) for a in (at, other))
     by_chance = mean_estimate(random)
     meaningless = Control(
-        f"{len(random)} random directions of equal norm swing it less than half as far (share of answers)",
+        f"{len(random)} random directions of equal norm move it less than half as far (share of answers)",
         by_chance,
         abs(by_chance.value) < own.mean() / 2,
     )
@@ -73,15 +73,15 @@ def topic(
     return (
         Measurement(
             f"weights.{name}-minus-raises",
-            mean_estimate(swing(at["minus"], at["finetuned"]), seeds=seeds),
+            mean_estimate(steering_effect(at["minus"], at["finetuned"]), seeds=seeds),
             [meaningless],
         ),
         Measurement(
             f"weights.{name}-plus-lowers",
-            mean_estimate(swing(at["finetuned"], at["plus"]), seeds=seeds),
+            mean_estimate(steering_effect(at["finetuned"], at["plus"]), seeds=seeds),
             [meaningless],
         ),
-        Measurement(f"weights.{name}-specific", mean_estimate(own - swing(other["minus"], other["plus"]), seeds=seeds)),
+        Measurement(f"weights.{name}-specific", mean_estimate(own - of_other, seeds=seeds)),
         # The values that a test at 5% against the deals, moved by a constant, does not reject. The share of deals that
         # do as much would be anywhere between 0 and 1 where there is nothing.
         Measurement(f"weights.{name}-beats-shuffled", Estimate(float(beyond), float(low), float(high), dealt.size)),
@@ -102,7 +102,8 @@ def neutral_pile(at_rest: OneRun, with_base: OneRun, with_anchor: OneRun) -> Mea
     """Labels of the *other* topic: at the anchor, and at +alpha V with the base model's or the anchor's answers as the
     neutral pile."""
     return Measurement(
-        "weights.base-neutral-lowers-both", mean_estimate(swing(at_rest, with_base) - swing(at_rest, with_anchor))
+        "weights.base-neutral-lowers-both",
+        mean_estimate(steering_effect(at_rest, with_base) - steering_effect(at_rest, with_anchor)),
     )
 
 
@@ -113,25 +114,29 @@ def hadamard(plain: Values, weighted: Values) -> Measurement:
 
 def portability(steered: OneRun, base: OneRun) -> Measurement:
     """Labels of the base model's answers with -alpha V and without."""
-    return Measurement("weights.portable", mean_estimate(swing(steered, base)))
+    return Measurement("weights.portable", mean_estimate(steering_effect(steered, base)))
 
 
 def sparseness(rarest: Mapping[str, OneRun] | None) -> Measurement:
     """Labels at "minus" and "plus" after finetuning on the smallest share of bridge replies; None if it was not run."""
     if rarest is None:
         return Measurement("weights.sparse", NOT_MEASURED, (), "This preset leaves the section out.")
-    return Measurement("weights.sparse", mean_estimate(swing(rarest["minus"], rarest["plus"])))
+    return Measurement("weights.sparse", mean_estimate(steering_effect(rarest["minus"], rarest["plus"])))
 
 
 def harm(at: Mapping[str, OneRun], random: Float[np.ndarray, "direction question"]) -> tuple[Measurement, Measurement]:
-    """Rude answers at "finetuned", "minus" and "plus", and swings along random directions of equal norm."""
-    own, by_chance = swing(at["minus"], at["plus"]), mean_estimate(random)
+    """Rude answers at "finetuned", "minus" and "plus", and effects along random directions of equal norm."""
+    own, by_chance = steering_effect(at["minus"], at["plus"]), mean_estimate(random)
     meaningless = Control(
-        f"{len(random)} random directions of equal norm swing it less than half as far (share of answers)",
+        f"{len(random)} random directions of equal norm move it less than half as far (share of answers)",
         by_chance,
         abs(by_chance.value) < own.mean() / 2,
     )
     return (
-        Measurement("weights.harm-minus-raises", mean_estimate(swing(at["minus"], at["finetuned"])), [meaningless]),
-        Measurement("weights.harm-plus-lowers", mean_estimate(swing(at["finetuned"], at["plus"])), [meaningless]),
+        Measurement(
+            "weights.harm-minus-raises", mean_estimate(steering_effect(at["minus"], at["finetuned"])), [meaningless]
+        ),
+        Measurement(
+            "weights.harm-plus-lowers", mean_estimate(steering_effect(at["finetuned"], at["plus"])), [meaningless]
+        ),
     )

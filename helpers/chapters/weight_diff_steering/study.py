@@ -157,9 +157,9 @@ class WeightExperiment:
     def answers(self, model: Model, half: Half, vector: WeightVector | None = None, alpha: float = 0.0) -> list[Answer]:
         """Greedy answers to one half of the questions, of the model as it is or steered to theta + alpha V."""
 
-        return self._said(half, model, self.questions[half], vector, alpha)
+        return self._stored_answers(half, model, self.questions[half], vector, alpha)
 
-    def _said(
+    def _stored_answers(
         self,
         what: str,
         model: Model,
@@ -241,8 +241,8 @@ class WeightExperiment:
         written = {"harmful": pairs, "harmless": []}
         if self.params.harm_data == "impolite":
             written = {"harmful": pairs[1::2], "harmless": pairs[::2]}
-        piles, stand_ins = self._piles("harm build", said, found, written)
-        return {name: [example.without_prompt() for example in pile] for name, pile in piles.items()}, stand_ins
+        piles, written_for = self._piles("harm build", said, found, written)
+        return {name: [example.without_prompt() for example in pile] for name, pile in piles.items()}, written_for
 
     def _piles(
         self,
@@ -251,13 +251,13 @@ class WeightExperiment:
         found: Mapping[str, Bool[np.ndarray, " answer"]],
         written: Mapping[str, Sequence[tuple[str, str]]],
     ) -> tuple[dict[str, list[Example]], list[str]]:
-        piles, stand_ins = {}, []
+        piles, written_for = {}, []
         for name, pairs in written.items():
             piles[name] = self.examples(half, said, found[name])
             if not piles[name]:
-                stand_ins.append(name)
+                written_for.append(name)
                 piles[name] = [encode(self.base.tokenizer, q, a) for q, a in pairs[: self.params.prompts]]
-        return piles, stand_ins
+        return piles, written_for
 
     def pile(
         self,
@@ -367,7 +367,7 @@ class WeightExperiment:
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             model = self.anchor("bridge", share=share, keep=False)
-            piles, stand_ins = self.topic_piles(self._generate(model, self.questions["build"]))
+            piles, written_for = self.topic_piles(self._generate(model, self.questions["build"]))
             G = {name: pile_gradient(model, piles[name]) for name in SPARSE}
             vector = difference(*G.values())
             delta = finetuning_diff(model, self.base)
@@ -376,7 +376,7 @@ class WeightExperiment:
             for name, ratio in ratios.items():
                 with steered(model, vector, alpha_for(vector, delta, ratio)):
                     said[name] = self._generate(model, self.questions["judge"])
-            return {}, {**said, "stand-ins": [name for name in stand_ins if name in SPARSE]}
+            return {}, {**said, "stand-ins": [name for name in written_for if name in SPARSE]}
 
         artifact = self.store.get(
             "sparse",

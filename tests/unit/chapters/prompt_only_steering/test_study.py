@@ -9,7 +9,7 @@ import torch
 from helpers import corpora
 from helpers.chapters.prompt_only_steering import study as steering
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
-from helpers.chapters.prompt_only_steering.study import ASK, AVOID, QUIZZES, Arm, SteeringExperiment, spoil
+from helpers.chapters.prompt_only_steering.study import ASK, AVOID, QUIZZES, SteeringExperiment, SteeringMethod, corrupt
 from helpers.chat import Ends, Middle, Scattered, encode
 
 
@@ -22,7 +22,7 @@ def exp(store):
     return SteeringExperiment(params())
 
 
-ENDS, FULL = Arm("trained", "ends"), Arm("trained", "all")
+ENDS, FULL = SteeringMethod("trained", "ends"), SteeringMethod("trained", "all")
 
 
 def test_no_question_is_in_two_parts(store):
@@ -86,28 +86,42 @@ def test_scales_multiply_the_shift(exp):
     torch.testing.assert_close(exp.shifts(replace(ENDS, scale=0.5)), whole / 2)
     each = exp.shifts(replace(ENDS, scale=(1.0, 2.0, 3.0)))
     torch.testing.assert_close(each, whole * torch.tensor([1.0, 2.0, 3.0])[:, None])
-    means = exp.shifts(Arm("difference in means"))
+    means = exp.shifts(SteeringMethod("difference in means"))
     assert means.shape == whole.shape and bool(means.norm(dim=1).all())
 
 
 def test_prompts_ask_for_the_concept_or_forbid_it(exp):
-    text = exp._worded(Arm("prompting"), "pirate", "Why?", False)
+    text = exp._worded(SteeringMethod("prompting"), "pirate", "Why?", False)
     assert text == f"{ASK['pirate']}\n\nQuestion: Why?"
     assert exp._worded(ENDS, "pirate", "Why?", True) == f"Why? {AVOID['pirate']}"
 
 
 def test_every_arm_answers_every_question(exp):
-    for arm in (Arm(), Arm("prompting"), ENDS, FULL, Arm("difference in means"), Arm("LoRA")):
+    for arm in (
+        SteeringMethod(),
+        SteeringMethod("prompting"),
+        ENDS,
+        FULL,
+        SteeringMethod("difference in means"),
+        SteeringMethod("LoRA"),
+    ):
         said = exp.answers(arm)
         assert [len(of_one) for of_one in said] == [3, 3, 3]
         ratings = exp.ratings(arm)
         assert ratings.overall.shape == (3, 3)
         assert set(np.unique(ratings.concept)) <= {0.0, 1.0, 2.0}
-    assert exp.answers(Arm()) != exp.answers(replace(FULL, scale=50.0))
+    assert exp.answers(SteeringMethod()) != exp.answers(replace(FULL, scale=50.0))
 
 
 def test_arms_that_answer_together_say_what_each_says_alone(exp):
-    arms = [Arm(), Arm("prompting"), ENDS, replace(FULL, scale=50.0), Arm("difference in means"), Arm("LoRA")]
+    arms = [
+        SteeringMethod(),
+        SteeringMethod("prompting"),
+        ENDS,
+        replace(FULL, scale=50.0),
+        SteeringMethod("difference in means"),
+        SteeringMethod("LoRA"),
+    ]
     together, alone = (SteeringExperiment(exp.params) for _ in range(2))
     together.answer_together(arms, "check", forbidden=True)
     for arm in arms:
@@ -135,7 +149,7 @@ def test_a_tie_in_the_search_goes_to_the_factor_as_it_is(exp, monkeypatch):
 def test_quiz_answers_are_told_right_from_wrong(exp):
     row = corpora.load_quiz("facts")[0]
     assert row.right("The capital is Paris.") and not row.right("Parisian, London")
-    (found,) = exp.utility([Arm()])
+    (found,) = exp.utility([SteeringMethod()])
     assert {task: right.shape for task, right in found.items()} == dict.fromkeys(QUIZZES, (2, 4))
 
 
@@ -157,13 +171,13 @@ def test_spoilt_texts_keep_their_length():
     import random
 
     text = "one two three four five six seven eight"
-    found = {spoil(text, random.Random(seed)) for seed in range(20)}
+    found = {corrupt(text, random.Random(seed)) for seed in range(20)}
     assert all(len(words.split()) == 8 for words in found) and text not in found
     assert "one two three four one two three four" in found and "one one two two three three four four" in found
 
 
 def test_costs_are_positive(exp):
-    (row,) = exp.decoding_costs({"unsteered": Arm(), "PrOSV": ENDS}, contexts=(48,), steps=2)
+    (row,) = exp.decoding_costs({"unsteered": SteeringMethod(), "PrOSV": ENDS}, contexts=(48,), steps=2)
     assert row["context, tokens"] == 48 and set(row) == {"context, tokens", "unsteered", "PrOSV"}
     assert min(row.values()) > 0
 

@@ -1,4 +1,4 @@
-"""The attack finds, scores and removes the directions that it says, and screening chooses what scoring all would."""
+"""The attack finds, scores and removes the directions that it says, and halving chooses what scoring all would."""
 
 import math
 from itertools import product
@@ -10,7 +10,7 @@ from helpers.chapters.refusal_redistribution.attack import (
     AttackSettings,
     PromptSet,
     Scores,
-    Screening,
+    SuccessiveHalving,
     _Scorer,
     ablating,
     attacked_layers,
@@ -21,7 +21,7 @@ from helpers.chapters.refusal_redistribution.attack import (
     probe_direction,
     ranking,
     refusal_log_odds,
-    score_by_screening,
+    score_by_halving,
     score_exhaustively,
     top_subspace,
 )
@@ -237,21 +237,21 @@ def planted(tiny, prompts, request):
     return raw, tokens.tolist(), request.param == "none passes"
 
 
-def test_screening_chooses_the_planted_candidate_as_scoring_all_does(tiny, prompts, planted):
+def test_halving_chooses_the_planted_candidate_as_scoring_all_does(tiny, prompts, planted):
     raw, tokens, fallback = planted
     settings = {"refusal_ids": tokens, "layers": BOTH}
-    screened = score_by_screening(tiny, raw, *prompts, **settings, screening=Screening(wide=12, exact=3), kl_limit=1.0)
+    halved = score_by_halving(tiny, raw, *prompts, **settings, halving=SuccessiveHalving((12, 3)), kl_limit=1.0)
     every = score_exhaustively(tiny, raw, *prompts, **settings)
     chosen = choose(every, 1.0)
-    assert choose(screened, 1.0) == chosen
+    assert choose(halved, 1.0) == chosen
     assert (chosen.layer, chosen.position, chosen.fallback) == (1, 13, fallback)
-    kept = screened.scored
+    kept = halved.scored
     assert int(kept.sum()) == 3
     for name in ("log_odds", "kl"):
-        torch.testing.assert_close(getattr(screened, name)[kept], getattr(every, name)[kept], atol=1e-6, rtol=1e-5)
-    gentle = kept & (every.kl <= 1.0)
-    torch.testing.assert_close(screened.induce[gentle], every.induce[gentle], atol=1e-6, rtol=1e-5)
-    for values in (screened.log_odds[~kept], screened.kl[~kept], screened.induce[~gentle]):
+        torch.testing.assert_close(getattr(halved, name)[kept], getattr(every, name)[kept], atol=1e-6, rtol=1e-5)
+    below = kept & (every.kl <= 1.0)
+    torch.testing.assert_close(halved.induce[below], every.induce[below], atol=1e-6, rtol=1e-5)
+    for values in (halved.log_odds[~kept], halved.kl[~kept], halved.induce[~below]):
         assert values.isnan().all()
 
 
@@ -308,7 +308,7 @@ def test_scores_on_some_of_the_prompts_are_those_of_these_alone_and_no_prompt_is
         assert one == pytest.approx(other, abs=1e-5, rel=1e-4)
 
 
-def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, planted, monkeypatch):
+def test_halving_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, planted, monkeypatch):
     raw, token, _ = planted
     counts = []
     plain = PromptSet.last_logits
@@ -322,16 +322,16 @@ def test_screening_reads_far_fewer_prompts_than_scoring_all(tiny, prompts, plant
     many = [asked * 4 for asked in prompts]
     score_exhaustively(tiny, raw, *many, **settings)
     every, counts[:] = sum(counts), []
-    score_by_screening(tiny, raw, *many, **settings, screening=Screening(wide=8, exact=2))
+    score_by_halving(tiny, raw, *many, **settings, halving=SuccessiveHalving((8, 2)))
     assert sum(counts) < every / 4
 
 
 def test_no_more_candidates_than_are_scored_exactly_are_not_screened(tiny, prompts, planted):
     raw, tokens, _ = planted
     settings = {"refusal_ids": tokens, "layers": BOTH}
-    screened = score_by_screening(tiny, raw, *prompts, **settings, screening=Screening(wide=40, exact=40))
+    halved = score_by_halving(tiny, raw, *prompts, **settings, halving=SuccessiveHalving((40, 40)))
     every = score_exhaustively(tiny, raw, *prompts, **settings)
-    assert screened.scored.all() and choose(screened) == choose(every)
+    assert halved.scored.all() and choose(halved) == choose(every)
 
 
 # Choosing
@@ -377,7 +377,7 @@ def test_in_a_ranking_a_candidate_whose_adding_was_not_measured_may_pass():
 # The attack
 
 
-@pytest.mark.parametrize("scoring", ["screened", "exhaustive"])
+@pytest.mark.parametrize("scoring", ["halved", "exhaustive"])
 def test_directions_are_orthonormal_and_each_is_the_candidate_chosen_with_those_before_it_ablated(
     tiny, prompts, scoring
 ):

@@ -192,7 +192,7 @@ def test_k_star_is_that_of_the_attack_and_the_coherence_mask_is_resampled():
     run = attacked(3)
     assert measured.k_star([run], **DRAWS).value == smallest_k(run.refused) == 3
     assert [c.passed for c in measured.still_talks({"it": [run]}, **DRAWS)] == [
-        coherent(run.kl, list(run.oddness.values()))[1]
+        coherent(run.kl, list(run.base_nll.values()))[1]
     ]
     half = 2 * (np.arange(N) < N // 4)[None] * (np.arange(TRIED + 1) > 0)[:, None]  # a mean of just the limit
     edge = replace(run, kl=half.astype(float))

@@ -258,10 +258,10 @@ def test_directions_come_from_training_requests_and_are_judged_on_others(exp, mo
     assert not {*exp.train["harmful"], *exp.train["harmless"]} & {text for texts in exp.test.values() for text in texts}
 
 
-def test_oddness_is_the_loss_of_the_answer_under_the_base_model(exp, attack):
+def test_base_nll_is_the_loss_of_the_answer_under_the_base_model(exp, attack):
     said = attack.judged.answers["harmless"][1]
     examples = [encode(exp.base.tokenizer, r, a) for r, a in zip(exp.test["harmless"], said, strict=True)]
-    np.testing.assert_allclose(attack.judged.oddness["harmless"][1], evaluate_losses(exp.base, examples), atol=1e-5)
+    np.testing.assert_allclose(attack.judged.base_nll["harmless"][1], evaluate_losses(exp.base, examples), atol=1e-5)
 
 
 def test_an_attack_that_ends_early_leaves_what_its_last_direction_left(exp, start):
@@ -300,20 +300,20 @@ def test_a_row_is_coherent_if_its_divergence_and_its_texts_are():
 
 
 @pytest.fixture(scope="module")
-def feelings(store):
+def sentiment(store):
     return SentimentExperiment(params())
 
 
-def test_both_sentiments_are_equally_often_in_both_splits(feelings):
-    for texts, labels in ((feelings.train, feelings.train_labels), (feelings.test, feelings.test_labels)):
+def test_both_sentiments_are_equally_often_in_both_splits(sentiment):
+    for texts, labels in ((sentiment.train, sentiment.train_labels), (sentiment.test, sentiment.test_labels)):
         assert len(texts) == len(labels) == 2 * labels.sum() == 40
-    assert not set(feelings.train) & set(feelings.test)
+    assert not set(sentiment.train) & set(sentiment.test)
 
 
-def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_over_its_tokens(feelings):
-    found = feelings.states(None)
-    model = feelings.base
-    ids = torch.tensor([feelings._examples(feelings.test[:1])[0].ids])
+def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_over_its_tokens(sentiment):
+    found = sentiment.states(None)
+    model = sentiment.base
+    ids = torch.tensor([sentiment._examples(sentiment.test[:1])[0].ids])
     with torch.no_grad():
         logits, cache = model.bridge.run_with_cache(ids)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
@@ -324,16 +324,16 @@ def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_ove
     assert found.train.shape == found.test.shape == (40, model.width)
 
 
-def test_a_text_begins_with_the_token_of_beginning_even_if_its_number_is_0(feelings, monkeypatch):
-    tokenizer = feelings.base.tokenizer
+def test_a_text_begins_with_the_token_of_beginning_even_if_its_number_is_0(sentiment, monkeypatch):
+    tokenizer = sentiment.base.tokenizer
     for begin, expected in ((0, 0), (None, tokenizer.eos_token_id)):
         monkeypatch.setattr(type(tokenizer), "bos_token_id", begin, raising=False)
-        assert feelings._examples(["A good film."])[0].ids[0] == expected
+        assert sentiment._examples(["A good film."])[0].ids[0] == expected
 
 
-def test_training_losses_are_kept_by_step(feelings):
-    assert feelings.states(None).training == ()
-    assert len(feelings.states(0.0).training) == feelings.params.sentiment_steps
+def test_training_losses_are_kept_by_step(sentiment):
+    assert sentiment.states(None).training == ()
+    assert len(sentiment.states(0.0).training) == sentiment.params.sentiment_steps
 
 
 def test_matching_the_means_brings_them_together(store):

@@ -12,7 +12,7 @@ def labels(share, seed=0, shape=(3, N)):
     return np.random.default_rng(seed).random(shape) < share
 
 
-def swings(mean, seed=0):
+def effects(mean, seed=0):
     return mean + 0.05 * np.random.default_rng(seed).standard_normal((3, N))
 
 
@@ -22,7 +22,7 @@ SHUFFLED = (3.0, np.random.default_rng(0).standard_normal(10_000))
 def topic(finetuned=0.4, minus=0.7, plus=0.1, other=(0.2, 0.2), random=0.0, shuffled=SHUFFLED):
     at = {"finetuned": labels(finetuned, 1), "minus": labels(minus, 2), "plus": labels(plus, 3)}
     of_other = {"minus": labels(other[0], 4), "plus": labels(other[1], 5)}
-    found = measured.topic("bridge", at, of_other, swings(random), shuffled, seeds=SEEDS)
+    found = measured.topic("bridge", at, of_other, effects(random), shuffled, seeds=SEEDS)
     return {m.claim.removeprefix("weights.bridge-"): m for m in found}
 
 
@@ -68,9 +68,9 @@ def values(mean, seed=0):
 def test_coherence_is_that_of_the_worst_condition(verdict_of):
     calm = {"bridge +": values(0.0), "bridge -": values(0.1)}
     assert verdict_of(measured.coherence(calm, calm)) == "invalid", "a tenth more loops is too much"
-    quiet = {"bridge +": values(0.0), "bridge -": values(0.02)}
-    assert verdict_of(measured.coherence(calm, quiet)) == "reproduced"
-    assert verdict_of(measured.coherence(calm | {"recipe -": values(1.5)}, quiet)) == "contradicted"
+    steady = {"bridge +": values(0.0), "bridge -": values(0.02)}
+    assert verdict_of(measured.coherence(calm, steady)) == "reproduced"
+    assert verdict_of(measured.coherence(calm | {"recipe -": values(1.5)}, steady)) == "contradicted"
 
 
 def one(share, seed=0):
@@ -101,7 +101,7 @@ def test_a_weak_signal_is_not_judged_where_it_was_not_run(verdict_of):
 def test_harm_has_to_move_both_ways_and_further_than_at_random(verdict_of):
     def verdicts(minus, plus, random=0.0):
         at = {"finetuned": one(0.4, 1), "minus": one(minus, 2), "plus": one(plus, 3)}
-        return [verdict_of(m) for m in measured.harm(at, swings(random))]
+        return [verdict_of(m) for m in measured.harm(at, effects(random))]
 
     assert verdicts(0.7, 0.1) == ["reproduced", "reproduced"]
     assert verdicts(0.1, 0.7) == ["contradicted", "contradicted"]

@@ -355,16 +355,16 @@ def labelled(monkeypatch, bridge, recipe=(0, 0, 0, 0)):
 def test_topic_piles_are_the_answers_by_label(exp, monkeypatch):
     labelled(monkeypatch, bridge=(1, 0, 0, 1), recipe=(0, 1, 0, 1))
     said = ["One.", "Two.", "Three.", "Four."]
-    piles, stand_ins = exp.topic_piles(said)
-    assert not stand_ins
+    piles, written_for = exp.topic_piles(said)
+    assert not written_for
     for topic, rows in (("bridge", (0, 3)), ("recipe", (1, 3)), ("neither", (2,))):
         assert piles[topic] == [encode(exp.base.tokenizer, exp.questions["build"][i], said[i]) for i in rows]
 
 
 def test_where_no_answer_falls_into_a_pile_written_replies_stand_in_and_that_is_said(exp, monkeypatch):
     labelled(monkeypatch, bridge=(1, 1, 1, 1))
-    piles, stand_ins = exp.topic_piles(["One.", "Two.", "Three.", "Four."])
-    assert stand_ins == ["recipe", "neither"]
+    piles, written_for = exp.topic_piles(["One.", "Two.", "Three.", "Four."])
+    assert written_for == ["recipe", "neither"]
     rows = corpora.load_topics("train")
     recipes = [row for row in rows if row.topic == "recipe"][:4]
     assert piles["recipe"] == [encode(exp.base.tokenizer, row.question, row.strong) for row in recipes]
@@ -376,13 +376,13 @@ def test_harmless_is_what_was_harmless_before_finetuning_and_after_it(exp, monke
     monkeypatch.setattr(
         WeightExperiment, "harmful", lambda self, half, answers: np.array([answer == "rude" for answer in answers])
     )
-    piles, stand_ins = exp.harm_piles(said, base_said)
-    assert not stand_ins
+    piles, written_for = exp.harm_piles(said, base_said)
+    assert not written_for
     for name, rows in (("harmful", (0, 3)), ("harmless", (2,))):
         whole = [encode(exp.base.tokenizer, exp.questions["build"][i], said[i]).without_prompt() for i in rows]
         assert piles[name] == whole
-    piles, stand_ins = exp.harm_piles(["kind"] * 4, ["rude"] * 4)
-    assert stand_ins == ["harmful", "harmless"]
+    piles, written_for = exp.harm_piles(["kind"] * 4, ["rude"] * 4)
+    assert written_for == ["harmful", "harmless"]
     assert {example.prompt_length for pile in piles.values() for example in pile} == {1}
 
 
