@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 # Freed tensor memory goes back to the system and is faulted in anew on every training step unless it is kept and held
 # in huge pages: 1.4 x the time per step on Linux. torch reads this variable at its first allocation.
@@ -249,17 +249,16 @@ def load(
     dtype: str = "auto",
     finetuned: Sequence[Artifact] = (),
     lora: LoRA | None = None,
-    frozen: bool = False,
-    held: bool = False,
+    weights: Literal["trainable", "frozen", "cast"] = "trainable",
     layer: int | None = None,
 ) -> Model:
     """Load a registered model or a hub model by name.
 
     `finetuned` are earlier runs, applied in order: the `trained_tensors` of each (LoRA factors are merged into the
     weights) with the key of the stage that trained them, which is what the model's digest is made from.
-    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless the model is
-    `frozen`: then its weights may be shared with other loads, which saves their memory. `held` is frozen too, and holds
-    weights in the compute precision that every pass under `Model.autocast` would cast; no pass runs outside it.
+    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless `weights` are
+    "frozen": then they may be shared with other loads, which saves their memory. "cast" is frozen too, and holds weights
+    in the compute precision to which every pass under `Model.autocast` would cast them; no pass runs outside it.
     `layer`, if given, is checked against the model's configuration before any weight is read.
 
     Raises `ValueError` for a device that is not there, a model that is unknown or that the book cannot work with, a
@@ -268,7 +267,7 @@ def load(
     where = _device(device)
     _keep_freed_memory()
     gc.collect()  # a bridge and its model refer to each other: without this, models no longer used would pile up
-    frozen = frozen or held
+    frozen = weights != "trainable"
     hf, tokenizer, digest = _plain(name, layer, shared=(frozen or lora is not None) and not finetuned)
     for run in finetuned:
         hf = _apply(hf, run.tensors)
@@ -279,7 +278,7 @@ def load(
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
     if frozen:
         hf.requires_grad_(False)
-    if held:
+    if weights == "cast":
         for p in _frozen_linear(hf):
             p.data = p.data.to(precision)
     from transformer_lens.model_bridge import TransformerBridge

@@ -11,9 +11,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.rcsetup import cycler
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike
 
 from helpers.statistics import Estimate

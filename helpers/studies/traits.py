@@ -84,7 +84,7 @@ class Experiment:
     def __init__(self, params: TraitParams) -> None:
         self.params = params
         self.model: Model = load(
-            params.model, device=params.device, dtype=params.dtype, layer=params.layer, frozen=True
+            params.model, device=params.device, dtype=params.dtype, layer=params.layer, weights="frozen"
         )
         self.store = default_store()
         self.rows = {

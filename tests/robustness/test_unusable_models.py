@@ -134,7 +134,7 @@ def test_a_model_whose_training_could_not_be_put_back_is_refused_unless_it_is_fr
     with pytest.raises(ValueError, match=r"could not be put back into it.*or load it frozen") as error:
         load(str(folder), lora=lora)
     refusal(error, "Phi3")
-    assert load(str(folder), frozen=True).layers == 3
+    assert load(str(folder), weights="frozen").layers == 3
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "tiny-randm", "./no/folder", "two words", "a/b/c", "../", "x" * 300])

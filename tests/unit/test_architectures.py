@@ -40,7 +40,7 @@ def both(request, folders):
     """The model, and the plain one that transformers loads from the same folder."""
     folder = folders[request.param]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    return load(str(folder), dtype="float32", frozen=True), plain
+    return load(str(folder), dtype="float32", weights="frozen"), plain
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_losses_from_the_middle_are_the_same_together_and_alone(both, examples):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_start_is_read_once_only_where_no_block_forgets_it(folders, kind):
-    model = load(str(folders[kind]), dtype="float32", frozen=True)
+    model = load(str(folders[kind]), dtype="float32", weights="frozen")
     assert model.keeps(WINDOW)
     assert model.keeps(WINDOW + 1) == (kind not in SLIDING)
 
@@ -136,6 +136,6 @@ def test_what_is_trained_can_be_put_back(folders, examples, kind, lora):
     batch = collate(examples, trained.tokenizer.pad_token_id)
     with torch.no_grad():
         found, expected = response_logits(again, batch), response_logits(trained, batch)
-        before = response_logits(load(folder, dtype="float32", frozen=True), batch)
+        before = response_logits(load(folder, dtype="float32", weights="frozen"), batch)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(found, before, atol=1e-2)

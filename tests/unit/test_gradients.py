@@ -364,7 +364,7 @@ def test_an_empty_pile_is_one_sentence(tiny):
 
 def test_a_model_without_trainable_weights_has_no_pile_gradient(pile):
     with pytest.raises(ValueError, match="No weight is trainable, so there is no gradient") as error:
-        pile_gradient(load("tiny-random", dtype="float32", frozen=True), pile)
+        pile_gradient(load("tiny-random", dtype="float32", weights="frozen"), pile)
     assert "\n" not in str(error.value)
 
 

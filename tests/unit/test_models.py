@@ -221,7 +221,7 @@ def test_folders_that_differ_in_anything_that_is_loaded_have_different_digests(i
 
 
 def test_a_folder_with_pytorchs_own_weights_loads_with_the_digest_of_its_files(in_bin):
-    assert load(str(in_bin), frozen=True).digest == models._folder_digest(in_bin)
+    assert load(str(in_bin), weights="frozen").digest == models._folder_digest(in_bin)
 
 
 def test_a_folder_model_is_finetuned_and_put_back_like_any_other(folder):
@@ -344,8 +344,8 @@ def test_casting_frozen_matrices_once_changes_no_bit_of_what_autocast_gives():
             assert torch.equal(model.hf(input_ids=ids(model)).logits, before)
 
 
-def test_a_held_model_gives_what_a_frozen_one_gives_under_autocast_and_shares_nothing_it_changed():
-    frozen, held = (load("tiny-random", dtype="bfloat16", **{how: True}) for how in ("frozen", "held"))
+def test_a_cast_model_gives_what_a_frozen_one_gives_under_autocast_and_shares_nothing_it_changed():
+    frozen, held = (load("tiny-random", dtype="bfloat16", weights=how) for how in ("frozen", "cast"))
     assert not any(p.requires_grad for p in held.hf.parameters())
     cast = {models.plain_name(n) for n, p in held.hf.named_parameters() if p.dtype == torch.bfloat16}
     assert len(cast) == 2 * 7 and all(name.endswith("_proj.weight") for name in cast)

@@ -95,7 +95,7 @@ class FilteringExperiment:
     def __init__(self, params: FilteringParams) -> None:
         self.params = params
         self.store = default_store()
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, frozen=True)
+        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, weights="frozen")
         self.attacks = [row.request for row in corpora.load_refusal("harmful", "test")][: params.requests]
         harmful = corpora.load_points("explicit", "validate")
         self.checks = [row.request for row in harmful[ANCHORS:]][: params.checks]

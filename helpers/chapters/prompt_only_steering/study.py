@@ -119,7 +119,9 @@ class SteeringExperiment:
     def __init__(self, params: PromptOnlyParams) -> None:
         self.params = params
         self.store = default_store()
-        self.model: Model = load(params.model, device=params.device, dtype=params.dtype, layer=params.layer, held=True)
+        self.model: Model = load(
+            params.model, device=params.device, dtype=params.dtype, layer=params.layer, weights="cast"
+        )
         self.concepts = params.concepts
         self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
         self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}

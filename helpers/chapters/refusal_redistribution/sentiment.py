@@ -49,7 +49,7 @@ class SentimentExperiment:
         self.store = default_store()
         self.train, self.train_labels = _reviews(params, "train")
         self.test, self.test_labels = _reviews(params, "test")
-        self.base: Model = load(params.sentiment_model, device=params.device, dtype=params.dtype, held=True)
+        self.base: Model = load(params.sentiment_model, device=params.device, dtype=params.dtype, weights="cast")
 
     def states(self, weight: float | None) -> ReviewStates:
         """The model as it is (None), or finetuned with the mean matching at this weight (0: on language alone)."""
@@ -125,7 +125,7 @@ class SentimentExperiment:
             label=f"matching means, weight {weight:g}",
         )
         trained = Artifact(self.store.key(**self._stage(weight)), model.trained_tensors())
-        return load(p.sentiment_model, device=p.device, dtype=p.dtype, finetuned=[trained], held=True), log.losses
+        return load(p.sentiment_model, device=p.device, dtype=p.dtype, finetuned=[trained], weights="cast"), log.losses
 
     def _examples(self, texts: Sequence[str]) -> list[Example]:
         """Plain text without a chat template; padding carries no loss (in the source's code it does)."""

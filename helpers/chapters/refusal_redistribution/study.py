@@ -108,7 +108,7 @@ class RefusalExperiment:
 
     def __init__(self, params: RefusalParams) -> None:
         self.params = params
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, held=True)
+        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, weights="cast")
         self.store = default_store()
         self.train, others = _requests(params)
         self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
@@ -155,7 +155,7 @@ class RefusalExperiment:
 
     def _load(self, finetuned: Sequence[Artifact]) -> Model:
         p = self.params
-        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, held=True)
+        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, weights="cast")
 
     def trained(self, condition: str, seed: int | None = None, steps: int | None = None) -> Artifact:
         """What `finetune` makes of the start model; by default at the parameters' first seed, for all their steps."""

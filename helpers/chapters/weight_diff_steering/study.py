@@ -49,7 +49,7 @@ class WeightExperiment:
 
     def __init__(self, params: WeightSteeringParams) -> None:
         self.params = params
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, frozen=True)
+        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, weights="frozen")
         self.store = default_store()
         build, judge = (corpora.load_questions(half)[: params.prompts] for half in ("build", "judge"))
         self.questions: dict[Half, list[str]] = {"build": build, "judge": judge}

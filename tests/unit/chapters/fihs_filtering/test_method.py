@@ -103,7 +103,7 @@ def test_gradient_norms_are_those_of_the_linear_layers_gradients(kind, points, r
 
 
 def test_norms_need_points_and_something_to_train(points):
-    frozen = load("tiny-random", dtype="float32", frozen=True)
+    frozen = load("tiny-random", dtype="float32", weights="frozen")
     with pytest.raises(ValueError, match="a trainable linear layer"):
         gradient_norms(frozen, points)
     with pytest.raises(ValueError, match="at least one example"):
@@ -138,7 +138,7 @@ def test_bad_safety_scores_are_one_sentence(model):
     with pytest.raises(ValueError, match=r"'Unquestionably' is \d+ tokens"):
         SafetyScore.of(model.tokenizer, asked, unsafe="Unquestionably")
     with pytest.raises(ValueError, match="No weight is trainable"):
-        SafetyScore.of(model.tokenizer, asked).gradient(load("tiny-random", dtype="float32", frozen=True))
+        SafetyScore.of(model.tokenizer, asked).gradient(load("tiny-random", dtype="float32", weights="frozen"))
 
 
 def test_fihs_is_the_change_of_the_safety_score_that_a_small_step_makes(model, points, safety):

@@ -116,7 +116,7 @@ def test_an_outcome_is_of_the_finetuned_model_on_held_out_requests(exp, mixed):
     assert len(after.checked) == len(exp.checks)
     assert (after.right.shape, after.checked_right.shape, after.safety.shape) == ((4,), (4,), (2,))
     assert not np.array_equal(before.safety, after.safety)
-    start = load("tiny-random", dtype="float32", frozen=True)
+    start = load("tiny-random", dtype="float32", weights="frozen")
     np.testing.assert_allclose(before.safety, exp.safety_score().values(start).numpy(), rtol=1e-4, atol=1e-5)
     harm, utility = after.check
     assert 0 <= harm <= 1

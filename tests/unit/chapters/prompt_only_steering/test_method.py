@@ -30,7 +30,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def model():
-    return load("tiny-random", device="cpu", dtype="float32", frozen=True)
+    return load("tiny-random", device="cpu", dtype="float32", weights="frozen")
 
 
 @pytest.fixture(scope="module")

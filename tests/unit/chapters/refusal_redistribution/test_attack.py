@@ -467,7 +467,7 @@ def test_an_attack_leaves_no_hook_and_no_gradient(tiny, prompts, hook_count):
 
 
 def test_a_frozen_model_can_be_attacked_as_well(prompts):
-    steps = iterated_ablation(load("tiny-random", dtype="float32", frozen=True), *prompts, 1, refusal_ids=REFUSAL)
+    steps = iterated_ablation(load("tiny-random", dtype="float32", weights="frozen"), *prompts, 1, refusal_ids=REFUSAL)
     assert len(steps) == 1
 
 

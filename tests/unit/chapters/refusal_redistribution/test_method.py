@@ -262,7 +262,7 @@ def test_a_class_without_examples_or_an_odd_batch_is_an_error_at_once():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return load("tiny-random", dtype="float32", frozen=True)
+    return load("tiny-random", dtype="float32", weights="frozen")
 
 
 @pytest.fixture(scope="module")
