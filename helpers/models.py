@@ -257,8 +257,8 @@ def load(
     `finetuned` are earlier runs, applied in order: the `trained_tensors` of each (LoRA factors are merged into the
     weights) with the key of the stage that trained them, which is what the model's digest is made from.
     `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless `weights` are
-    "frozen": then they may be shared with other loads, which saves their memory. "cast" is frozen too, and holds weights
-    in the compute precision to which every pass under `Model.autocast` would cast them; no pass runs outside it.
+    "frozen": then they may be shared with other loads, which saves their memory. "cast" is frozen too, and holds the
+    weights in the compute precision to which every pass under `Model.autocast` casts them; no pass runs outside it.
     `layer`, if given, is checked against the model's configuration before any weight is read.
 
     Raises `ValueError` for a device that is not there, a model that is unknown or that the book cannot work with, a

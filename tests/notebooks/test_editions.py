@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -59,7 +60,10 @@ def test_no_question_is_answered_in_the_student_edition(committed, stem, student
         if exercise.kind == "interpretation":
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                exec(exercise.cells["solution"][0].source, {"exercises": exercises})
+                exec(
+                    exercise.cells["solution"][0].source,
+                    {"exercises": import_module(f"helpers.chapters.{stem[3:]}.exercises")},
+                )
             first_line = printed.getvalue().removeprefix("Right: ").splitlines()[0]
             assert len(first_line) > 20 and first_line not in student_text
 
