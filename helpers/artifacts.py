@@ -348,10 +348,8 @@ def _code(module: str) -> dict[str, str]:
     if module.partition(".")[0] != "helpers":
         path = Path(str(sys.modules[module].__file__))
         found, used = {module: code_digest(path)}, f"{path.read_text('utf-8')}\n"
-    paths = {path.relative_to(PACKAGE).as_posix(): path for path in helper_sources([used])}
-    for name in NO_CODE:
-        paths.pop(name, None)
-    return found | {name: code_digest(path) for name, path in paths.items()}
+    paths = [path for path in helper_sources([used]) if path.name not in NO_CODE]
+    return found | {path.relative_to(PACKAGE).as_posix(): code_digest(path) for path in paths}
 
 
 @cache

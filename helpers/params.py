@@ -3,7 +3,7 @@
 Every chapter has one `Params` class. A notebook's parameters cell names values (None: "as the preset says"),
 papermill or `python -m helpers execute` may override them, and the next cell reads them all at once:
 
-    from helpers.params import PreventativeSteeringParams
+    from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
     params = PreventativeSteeringParams.from_notebook()
 
 Anything wrong (a name that does not exist, a wrong type, a value out of range) stops there with one sentence,

@@ -82,7 +82,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured for one claim, before it is judged; made by the functions of `helpers.measurements`."""
+    """What was measured for one claim, before it is judged; made by the functions of a chapter's `measurements`."""
 
     claim: str
     """Its id in `book/claims.yml`."""

@@ -189,10 +189,10 @@ def test_the_code_is_found_behind_lambdas_methods_partial_applications_and_decor
 
 
 def test_presets_are_no_code(store):
-    assert "params.py" in {path.name for path in artifacts.helper_sources(["experiments.traits"])}
+    assert "params.py" in {path.name for path in artifacts.helper_sources(["studies.traits"])}
     code = artifacts._code("helpers.studies.traits")
-    assert "params.py" not in code
-    assert {"experiments/traits.py", "training.py", "chat.py", "judges.py", "methods/inoculation.py"} <= set(code)
+    assert not any(name.endswith("params.py") for name in code)
+    assert {"studies/traits.py", "training.py", "chat.py", "judges.py", "studies/defences.py"} <= set(code)
 
 
 def test_a_function_that_is_in_no_file_is_one_sentence(store):

@@ -22,7 +22,7 @@ def notebook(tmp_path):
     parameters = nbformat.v4.new_code_cell("preset = None\nlayer = None\nresults = None")
     parameters.metadata.tags = ["parameters"]
     code = (
-        "from helpers.params import InoculationParams\n"
+        "from helpers.chapters.ip_loss_reduction.params import InoculationParams\n"
         "params = InoculationParams.from_notebook()\n"
         "import helpers, json\n"
         "print(json.dumps([params.preset, params.layer, params.results, helpers.__file__]))\n"

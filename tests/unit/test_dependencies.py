@@ -18,7 +18,7 @@ def test_a_module_counts_with_everything_it_imports():
 
 
 def test_an_import_inside_a_function_counts():
-    assert "scoreboard.py" in names(helper_sources(["def late():\n    from helpers import scoreboard\n"]))
+    assert "book/scoreboard.py" in names(helper_sources(["def late():\n    from helpers.book import scoreboard\n"]))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def written(path, *codes):
         ("from helpers.corpora import load_task as items\nitems('bookings', 'test')", {"tasks.jsonl"}),
         ("import helpers.corpora as c\nload = c.load_replies", {"replies.jsonl"}),
         ("from helpers.corpora import split", set()),
-        ("from helpers.params import RefusalParams\nparams = RefusalParams.from_notebook()", set()),
+        ("from helpers.chapters.looking_inside.params import LookingInsideParams as P\nP.from_notebook()", set()),
         ("from helpers import judges", set()),
     ],
 )

@@ -85,7 +85,7 @@ def notebook(tmp_path_factory):
     parameters = nbformat.v4.new_code_cell("preset = 'tiny'\nlayer = None\nseeds = None")
     parameters.metadata.tags = ["parameters"]
     read = (
-        "from helpers.params import InoculationParams\n"
+        "from helpers.chapters.ip_loss_reduction.params import InoculationParams\n"
         "params = InoculationParams.from_notebook()\n"
         "print(params.layer, params.seeds)"
     )

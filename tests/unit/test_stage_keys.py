@@ -112,6 +112,19 @@ STAGES = {
 }
 
 
+PLACES = {
+    "traits": "studies/traits.py",
+    "alignment": "studies/alignment.py",
+    "weights": "chapters/weight_diff_steering/study.py",
+    "refusal": "chapters/refusal_redistribution/study.py",
+    "sentiment": "chapters/refusal_redistribution/sentiment.py",
+    "filtering": "chapters/fihs_filtering/study.py",
+    "steering": "chapters/prompt_only_steering/study.py",
+    "embedded": "embedded.py",
+}
+"""The modules that compute stages."""
+
+
 def asked(call, exp):
     with pytest.raises(Asked) as stopped:
         call(exp)
@@ -154,14 +167,16 @@ def package(tmp_path, monkeypatch):
     shutil.copytree(dependencies.PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
     for module in (artifacts, dependencies):
         monkeypatch.setattr(module, "PACKAGE", copied)
-    artifacts._code.cache_clear()
+    for cached in (artifacts._code, dependencies._imported):
+        cached.cache_clear()
     yield copied
-    artifacts._code.cache_clear()
+    for cached in (artifacts._code, dependencies._imported):
+        cached.cache_clear()
 
 
-@pytest.mark.parametrize("module", [*STAGES, "embedded"])
+@pytest.mark.parametrize("module", PLACES)
 def test_a_changed_constant_beside_the_computing_function_is_another_key_and_a_comment_is_not(stages, package, module):
-    path = package / ("embedded.py" if module == "embedded" else f"experiments/{module}.py")
+    path = package / PLACES[module]
     source = path.read_text("utf-8")
     described = source.replace('"""', '"""In other words: ', 1).replace("\n\n\n", "\n\n\n# A comment.\n\n\n")
 
@@ -177,7 +192,7 @@ def test_a_changed_constant_beside_the_computing_function_is_another_key_and_a_c
 
 def test_a_changed_module_further_down_is_another_key_and_changed_presets_are_not(stages, package):
     before = stages["traits"][0].key
-    for name, same in (("params.py", True), ("experiments/weights.py", True), ("interventions.py", False)):
+    for name, same in (("params.py", True), (PLACES["weights"], True), ("interventions.py", False)):
         with (package / name).open("a") as file:
             file.write("\nLIMIT = 1\n")
         artifacts._code.cache_clear()
@@ -226,7 +241,7 @@ READ = {
         },
         "refusal-answers": {"max_new_tokens": 5},
         "refusal-judged": {"max_new_tokens": 5},
-        "refusal-attack": {"k_max": 9, "prompts": 3, "wide": 3, "exact": 5, "scored_on": 2},
+        "refusal-attack": {"k_max": 9, "prompts": 3, "keep": (3, 2), "scored_on": 2},
     },
     "sentiment": {
         "review-states": {
