@@ -69,7 +69,7 @@ rule pages:
         "book/map.yml",
         "_toc.yml",
         sorted(str(path) for path in Path("book/reference").glob("*.json")),
-        building.sources(["pages"]),
+        building.sources(["book.pages"]),
         expand(CHAPTER, chapter=CHAPTERS),
     output:
         building.mark(TREE, "pages"),

@@ -178,7 +178,7 @@ def test_findings_are_whole_or_as_they_were_on_a_full_disk_and_as_open_as_the_um
 def notebook(folder, code):
     parameters = nbformat.v4.new_code_cell("preset = 'tiny'")
     parameters.metadata.tags = ["parameters"]
-    read = "from helpers.chapters.ip_loss_reduction.params import InoculationParams\nparams = InoculationParams.from_notebook()"
+    read = "from helpers.chapters.ip_loss_reduction.params import InoculationParams as P\nparams = P.from_notebook()"
     cells = [parameters, *map(nbformat.v4.new_code_cell, [read, code])]
     path = folder / f"{InoculationParams.chapter}.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
