@@ -34,7 +34,7 @@ from helpers.chat import Batch, Example, batches, shared_start
 from helpers.interventions import Ablate, AblateRows, Hook, Intervention, SteerRows, applied, resid_post
 from helpers.models import Model, chosen_rows
 
-Scoring = Literal["screened", "exhaustive"]
+Scoring = Literal["halved", "exhaustive"]
 
 POSITIONS = (-5, -4, -3, -2, -1)
 """The last positions of a prompt: those of the generation header."""
@@ -510,7 +510,7 @@ class AttackSettings:
 
     layers: tuple[int, ...] | None = None
     positions: tuple[int, ...] = POSITIONS
-    scoring: Scoring = "screened"
+    scoring: Scoring = "halved"
     halving: SuccessiveHalving = field(default_factory=SuccessiveHalving)
     scored_on: int | None = None
     """Prompts of a kind that a score is a mean over, spread evenly; None: all. Directions always come from all."""
