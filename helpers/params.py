@@ -217,7 +217,7 @@ def read_presets(file: Path) -> dict[str, dict[str, Any]]:
     presets: dict[str, dict[str, Any]] = {}
     for name, values in tomllib.loads(file.read_text("utf-8")).items():
         presets[name] = {**presets.get(values.pop("like", ""), {}), **values}
-    return presets
+    return {name: presets[name] for name in sorted(presets, key=get_args(Preset).index)}
 
 
 def check_trait(trait: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from docutils.core import publish_doctree
 from sphinx.config import Config
 
-from helpers import artifacts, params, statistics
+from helpers import artifacts, params, statistics, verdicts
 from helpers.book import findings
 from helpers.book.documentation import as_restructured_text, published_at, summary
 
@@ -79,8 +79,8 @@ def test_a_module_has_an_example_that_gives_what_it_says(module, tmp_path, monke
 
 
 def test_a_module_s_table_names_what_is_defined_in_it_with_constants_last():
-    named = [line.strip() for line in summary(findings) if re.fullmatch(r"   \w+", line)]
-    assert {"Claim", "Findings", "verdict"} <= set(named)
+    named = [line.strip() for line in summary(verdicts) if re.fullmatch(r"   \w+", line)]
+    assert {"Claim", "Measurement", "verdict"} <= set(named)
     assert "Estimate" not in named and not any(name.startswith("_") for name in named)
     assert named[-1] == "NOT_MEASURED"
     assert not any(line.strip() == "np" for line in summary(statistics))
@@ -89,6 +89,7 @@ def test_a_module_s_table_names_what_is_defined_in_it_with_constants_last():
 @pytest.mark.parametrize("address", ["", "https://someone.github.io/book/latest/"])
 def test_pages_name_their_address_and_have_a_card_where_there_is_one(monkeypatch, address):
     config = Config({}, {"html_baseurl": address})
+    config.add("html_baseurl", "", "html", str)
     monkeypatch.delenv("BOOK_ADDRESS", raising=False)
     published_at(config)
     assert config.ogp_site_url == address
