@@ -1,5 +1,6 @@
 // What a search shows first: chapters and terms of the glossary, then other pages, and modules of the package last.
-const Scorer = {
+// `var`, not `const`: the search tools declare the same name.
+var Scorer = {
   score: ([docname, title, anchor, description, score]) => docname.startsWith("notebooks/") ? score + 4 : score,
   objNameMatch: 11,
   objPartialMatch: 1,

@@ -107,6 +107,7 @@ class _Engine(NBClientEngine):
             nb_man,
             kernel_name=kernel_name,
             log=logging.getLogger("papermill"),
+            extra_arguments=["--log-level=CRITICAL"],  # a kernel that ends as it should may log that as an error
             startup_timeout=PATIENCE,
             iopub_timeout=PATIENCE,
             on_cell_start=lambda cell, cell_index: watch.start(cell, cell_index),

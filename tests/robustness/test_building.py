@@ -55,8 +55,8 @@ print(params.results)
 def write_chapter(project, chapter, *codes):
     parameters = nbformat.v4.new_code_cell("preset = None\nlearning_rate = None\nresults = None")
     parameters.metadata.tags = ["parameters"]
-    name = CHAPTERS[chapter].__name__
-    read = f"from helpers.params import {name}\n\nparams = {name}.from_notebook()"
+    module, name = CHAPTERS[chapter].__module__, CHAPTERS[chapter].__name__
+    read = f"from {module} import {name}\n\nparams = {name}.from_notebook()"
     cells = [nbformat.v4.new_markdown_cell(f"# Chapter {chapter[:2]}"), parameters]
     cells += [nbformat.v4.new_code_cell(code) for code in (read, *codes)]
     for number, cell in enumerate(cells):

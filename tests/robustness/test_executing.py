@@ -28,7 +28,7 @@ def write(folder, *codes, chapter=CHAPTER, tag=True, before=()):
     params = CHAPTERS[chapter]
     parameters = nbformat.v4.new_code_cell("preset = 'tiny'\nlayer = None\nresults = None")
     parameters.metadata.tags = ["parameters"] if tag else []
-    read = f"from helpers.params import {params.__name__}\nparams = {params.__name__}.from_notebook()"
+    read = f"from {params.__module__} import {params.__name__}\nparams = {params.__name__}.from_notebook()"
     cells = [*map(nbformat.v4.new_code_cell, before), parameters, *map(nbformat.v4.new_code_cell, [read, *codes])]
     path = folder / f"{chapter}.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
