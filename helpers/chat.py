@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -260,6 +259,10 @@ class Batch:
             mask |= prompt & (place == (i if i >= 0 else lengths + i))
         return mask
 
+    def after(self, begin: int) -> Batch:
+        """What follows the first `begin` tokens."""
+        return Batch(self.ids[:, begin:], self.attention[:, begin:], self.response[:, begin:], self.rows)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.ids.to(device), self.attention.to(device), self.response.to(device), self.rows)
 
@@ -283,13 +286,6 @@ def collate(
         attention[i, start : start + len(e)] = True
         response[i, start + e.prompt_length : start + len(e)] = True
     return Batch(ids, attention, response, tuple(rows if rows is not None else range(len(examples))))
-
-
-def shared_start(examples: Sequence[Example], tail: int = 1) -> int:
-    """How many tokens all examples begin with (the template's system message), their last `tail` tokens left out."""
-    columns = zip(*(e.ids for e in examples), strict=False)
-    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-    return max(0, min(common, min(map(len, examples), default=0) - tail))
 
 
 def batches(

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -119,50 +119,6 @@ class Model:
         """What is done to conversations because of the model's chat template; empty where nothing is."""
         return template_notes(self.tokenizer)
 
-    @contextlib.contextmanager
-    def only_blocks(self, first: int, last: int) -> Iterator[None]:
-        """While open, the model is its blocks from `first` to `last`: for passes that start or stop in the middle.
-
-        Without its last block it has no final norm either: what it gives is the residual stream. Blocks keep their
-        numbers, since the number says which attention mask and which rotation a block gets.
-        """
-        stack = self.hf.base_model
-        layers, norm = stack.layers, stack.norm
-        left_out = _LeftOut()
-        stack.layers = nn.ModuleList(
-            layer if first <= number <= last else left_out for number, layer in enumerate(layers)
-        )
-        if last < self.layers - 1:
-            stack.norm = nn.Identity()
-        try:
-            yield
-        finally:
-            stack.layers, stack.norm = layers, norm
-
-    def keeps(self, length: int) -> bool:
-        """Whether every block still attends to the first of `length` tokens, so that a start can be read once for all.
-
-        Blocks with a sliding window shorter than that forget the start, and count the padding after it; those without
-        keys and values have nothing to copy.
-        """
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-        return all(
-            type(part) is DynamicLayer or (type(part) is DynamicSlidingWindowLayer and part.sliding_window >= length)
-            for part in DynamicCache(config=self.hf.config).layers
-        )
-
-    def read_start(self, ids: Sequence[int], rows: Sequence[int] = (0,)) -> Any:
-        """States of these tokens and the key-value cache after them: what many prompts begin with is read once.
-
-        Or once for each of `rows`, where an intervention does something else to each.
-        """
-        tokens = torch.tensor([list(ids)] * len(rows), device=self.device)
-        attended = torch.ones_like(tokens, dtype=torch.bool)
-        with self.reading(Batch(tokens, attended, ~attended, tuple(rows))):
-            return self.hf.base_model(input_ids=tokens, use_cache=True)
-
     def reads_none_of(self, where: Where, length: int) -> bool:
         """Whether the pass now running is a decoding step and `where` is in the prompt: nothing is to be done."""
         decoding = self.current is not None and length != self.current.ids.shape[1]
@@ -207,34 +163,6 @@ class Model:
     def trained_tensors(self) -> dict[str, Tensor]:
         """Copies of `trained_parameters` on the CPU."""
         return {name: p.detach().cpu().clone() for name, p in self.trained_parameters().items()}
-
-
-class _LeftOut(nn.Module):
-    """A block that does nothing."""
-
-    def forward(self, states: Tensor, **_: Any) -> Tensor:
-        return states
-
-
-def repeated(start: Any, rows: int) -> Any:
-    """A copy of a key-value cache of one row (`Model.read_start`) for `rows` rows; gradients flow through."""
-    return _copied(start, lambda kept: kept.expand(rows, -1, -1, -1))
-
-
-def chosen_rows(start: Any, rows: Sequence[int]) -> Any:
-    """A copy of a key-value cache whose row i is row `rows[i]` of `start`; gradients flow through."""
-    return _copied(start, lambda kept: kept[list(rows)])
-
-
-def _copied(start: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    from transformers import DynamicCache
-
-    copy, first = DynamicCache(), next(part for part in start.layers if part.is_initialized)
-    for layer, part in enumerate(start.layers):
-        # blocks that `Model.only_blocks` left out have no keys; the cache is asked there how long it is
-        kept = (part.keys, part.values) if part.is_initialized else (first.keys, first.values)
-        copy.update(*map(change, kept), layer)
-    return copy
 
 
 def plain_name(name: str) -> str:

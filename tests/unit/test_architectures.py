@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.artifacts import Artifact
 from helpers.chapters.prompt_only_steering.method import States
-from helpers.chapters.refusal_redistribution.attack import PromptSet
 from helpers.chat import collate, encode
+from helpers.forward import PromptSet, keeps_beginning, only_blocks, read
 from helpers.generation import generate
 from helpers.losses import evaluate_losses, response_logits, sequence_sums
 from helpers.models import LoRA, load
@@ -83,7 +83,7 @@ def test_losses_of_a_batch_are_those_of_the_plain_model_one_by_one(both, example
     torch.testing.assert_close(evaluate_losses(model, examples), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_the_attack_reads_the_logits_of_the_plain_model(both):
+def test_prompts_read_together_give_the_logits_of_the_plain_model(both):
     model, plain = both
     prompts = [encode(model.tokenizer, question) for question in QUESTIONS]
     found = PromptSet.of(model, prompts).last_logits(model)
@@ -95,12 +95,11 @@ def test_a_pass_that_starts_in_the_middle_ends_where_a_whole_one_does(both, exam
     """Each block has the mask and the rotation of its own kind, though those before it are left out."""
     model, _ = both
     batch = collate(examples, model.tokenizer.pad_token_id)
-    inputs = {"attention_mask": batch.attention.long(), "use_cache": False}
     with torch.no_grad():
         whole = response_logits(model, batch)
-        with model.only_blocks(0, 0):
-            states = model.hf.base_model(input_ids=batch.ids, **inputs)[0]
-        with model.only_blocks(1, 2):
+        with only_blocks(model, 0, 0):
+            states = read(model, batch)
+        with only_blocks(model, 1, 2):
             resumed = response_logits(model, batch, states=states)
     torch.testing.assert_close(resumed, whole, atol=1e-4, rtol=1e-4)
 
@@ -111,17 +110,17 @@ def test_losses_from_the_middle_are_the_same_together_and_alone(both, examples):
     states.read(examples)
     zero = torch.zeros(1, model.width)
     with torch.no_grad():
-        with model.only_blocks(1, 2):
+        with only_blocks(model, 1, 2):
             together = states.losses(examples, zero, [0] * len(examples))
         alone = [sequence_sums(model, collate([e], model.tokenizer.pad_token_id)) for e in examples]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_start_is_read_once_only_where_no_block_forgets_it(folders, kind):
+def test_a_beginning_is_read_once_only_where_no_block_forgets_it(folders, kind):
     model = load(str(folders[kind]), dtype="float32", weights="frozen")
-    assert model.keeps(WINDOW)
-    assert model.keeps(WINDOW + 1) == (kind not in SLIDING)
+    assert keeps_beginning(model, WINDOW)
+    assert keeps_beginning(model, WINDOW + 1) == (kind not in SLIDING)
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(2)], ids=["all weights", "LoRA"])

@@ -20,7 +20,6 @@ from helpers.chat import (
     encode,
     end_of_turn,
     has_ended,
-    shared_start,
     template_notes,
     training_batches,
 )
@@ -254,15 +253,6 @@ def test_the_ends_of_a_prompt_are_its_first_and_last_tokens_each_once_where_it_i
 def test_ends_of_no_or_of_negative_length_are_an_error(first, last):
     with pytest.raises(ValueError, match="neither may be negative, and at least one must be above 0"):
         Ends(first, last)
-
-
-def test_the_shared_start_is_what_all_begin_with_short_of_the_tail():
-    rows = [Example((1, 2, 3, 4, 5), 5), Example((1, 2, 3, 9), 4), Example((1, 2, 3, 4), 4)]
-    assert shared_start(rows) == 3
-    assert shared_start(rows, tail=2) == 2
-    assert shared_start(rows[:1]) == 4
-    assert shared_start([Example((1, 2), 2), Example((3, 2), 2)]) == 0
-    assert shared_start([]) == 0
 
 
 def test_an_unknown_name_of_positions_is_an_error(untyped):

@@ -23,7 +23,7 @@ LAYERS = {
         "embedded",
     ],
     "models": ["models", "interventions", "probes", "judges"],
-    "running": ["losses", "generation", "gradients", "activations", "training"],
+    "running": ["forward", "losses", "generation", "gradients", "activations", "training"],
     "studies": ["studies"],
     "chapters": ["chapters"],
     "book": ["book"],

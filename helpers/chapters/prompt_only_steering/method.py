@@ -30,10 +30,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.chat import Ends, Example, Where, batches, collate, shared_start
+from helpers.chat import Ends, Example, Where, batches, collate
+from helpers.forward import WORTH_SHARING, common_beginning, keeps_beginning, only_blocks, read, resume_beginning
 from helpers.interventions import Steer, resid_post
-from helpers.losses import WORTH_SHARING, sequence_sums
-from helpers.models import Model, chosen_rows
+from helpers.losses import sequence_sums
+from helpers.models import Model
 from helpers.progress import progress
 
 Objective = Literal["lang", "simpo"]
@@ -102,11 +103,10 @@ class States:
     def read(self, examples: Iterable[Example]) -> None:
         """Read those that have not been read yet."""
         model, new = self.model, [e for e in dict.fromkeys(examples) if e not in self._kept]
-        with model.only_blocks(0, self.layer), model.autocast():
+        with only_blocks(model, 0, self.layer), model.autocast():
             for batch in batches(new, 32, model.tokenizer.pad_token_id):
                 batch = batch.to(model.device)
-                inputs = {"input_ids": batch.ids, "attention_mask": batch.attention.long(), "use_cache": False}
-                for row, states in zip(batch.rows, model.hf.base_model(**inputs)[0], strict=True):
+                for row, states in zip(batch.rows, read(model, batch), strict=True):
                     self._kept[new[row]] = states[: len(new[row])].clone()
 
     def losses(
@@ -118,24 +118,22 @@ class States:
     ) -> Float[Tensor, " example"]:
         """Cross-entropy summed over each response, in nats, with `shifts[of[i]]` added to example i where `where` says.
 
-        As with `SteerRows`, by the blocks above: inside `Model.only_blocks`, and for examples that have been read. What
+        As with `SteerRows`, by the blocks above: inside `forward.only_blocks`, for examples that have been read. What
         examples begin with (a system message) is read once for all that are steered alike there.
         """
         model = self.model
         batch = collate(examples, model.tokenizer.pad_token_id).to(model.device)
-        steered = batch.positions(where)
+        steered = batch.positions(where)  # [example, pos]
         states = torch.nn.utils.rnn.pad_sequence([self._kept[e] for e in examples], batch_first=True)
         states = states + steered[..., None].to(states) * shifts[list(of), None].to(states)
-        shared = min(shared_start(examples), min(e.prompt_length for e in examples) - 1)
-        begins = [(v, *row) for v, row in zip(of, steered[:, :shared].tolist(), strict=True)]
-        first = {begin: len(begins) - 1 - i for i, begin in enumerate(reversed(begins))}
-        if len(first) == len(examples) or shared < WORTH_SHARING or not model.keeps(batch.ids.shape[1]):
+        begin = min(common_beginning(examples), min(e.prompt_length for e in examples) - 1)
+        treated = [(v, *row) for v, row in zip(of, steered[:, :begin].tolist(), strict=True)]
+        kinds = {kind: number for number, kind in enumerate(dict.fromkeys(treated))}
+        if len(kinds) == len(examples) or begin < WORTH_SHARING or not keeps_beginning(model, batch.ids.shape[1]):
             return sequence_sums(model, batch, states=states)
         with model.autocast():
-            begun = model.hf.base_model(inputs_embeds=states[list(first.values()), :shared], use_cache=True)
-        place = {begin: row for row, begin in enumerate(first)}
-        past = chosen_rows(begun.past_key_values, [place[begin] for begin in begins])
-        return sequence_sums(model, batch, states=states[:, shared:], past=past)
+            begun = resume_beginning(model, states[[treated.index(kind) for kind in kinds], :begin])
+        return sequence_sums(model, batch, states=states[:, begin:], after=begun, kinds=[kinds[k] for k in treated])
 
 
 def train_vectors(
@@ -182,7 +180,7 @@ def train_vectors(
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.weights_in(model.dtype, only_frozen_linear=True))
         states.read(getattr(runs[r].pairs[i], side) for r, i in sorted(met) for side in sides)
-        stack.enter_context(model.only_blocks(layer + 1, model.layers - 1))
+        stack.enter_context(only_blocks(model, layer + 1, model.layers - 1))
         bar = stack.enter_context(progress(steps, label))
         reference = _reference(states, runs, sorted(met), rows // 2) if objective == "simpo" else None
         for step in range(steps):

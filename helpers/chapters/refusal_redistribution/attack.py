@@ -29,10 +29,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.chapters.refusal_redistribution.method import unembed
-from helpers.chat import Batch, Example, batches, shared_start
-from helpers.interventions import Ablate, AblateRows, Hook, Intervention, SteerRows, applied, resid_post
-from helpers.models import Model, chosen_rows
+from helpers.chat import Batch, Example
+from helpers.forward import PromptSet
+from helpers.interventions import Ablate, AblateRows, Hook, SteerRows, resid_post
+from helpers.models import Model
 
 Scoring = Literal["halved", "exhaustive"]
 
@@ -62,78 +62,6 @@ def refusal_log_odds(
 def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...]:
     """The intervention that projects these directions out at all three sites; none for no directions."""
     return () if directions is None or not len(directions) else (Ablate(directions),)
-
-
-# Reading many prompts that begin alike
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts whose common beginning is read once.
-
-    The last `tail` tokens of every prompt are read on their own. With `copies` every prompt is read so many times, copy
-    after copy: row c n + i is prompt i of n in copy c, by which interventions tell them apart.
-    """
-
-    shared: tuple[int, ...]
-    rest: tuple[Batch, ...]
-    count: int
-    copies: int = 1
-
-    @classmethod
-    def of(
-        cls, model: Model, prompts: Sequence[Example], *, batch_size: int = 64, tail: int = 1, copies: int = 1
-    ) -> PromptSet:
-        """Raises `ValueError` if there are no prompts."""
-        if not prompts:
-            raise ValueError(NO_PROMPTS)
-        length = shared_start(prompts, tail) if model.keeps(max(map(len, prompts))) else 0
-        rest = [Example(e.ids[length:], len(e) - length) for e in prompts] * copies
-        parts = batches(rest, batch_size, model.tokenizer.pad_token_id)
-        return cls(prompts[0].ids[:length], tuple(parts), len(prompts), copies)
-
-    @torch.no_grad()
-    def read(
-        self,
-        model: Model,
-        visit: Callable[[Batch, Float[Tensor, "batch pos d_model"]], None],
-        interventions: Sequence[Intervention] = (),
-    ) -> None:
-        """Show `visit` each batch of what is left of the prompts, with its states after the final norm.
-
-        Interventions see only what is left, and the common beginning once a copy.
-        """
-        once = model.weights_in(model.dtype, only_frozen_linear=True)
-        with once, applied(model, *interventions), model.autocast():
-            firsts = [copy * self.count for copy in range(self.copies)]
-            start = model.read_start(self.shared, firsts).past_key_values if self.shared else None
-            for batch in self.rest:
-                batch = batch.to(model.device)
-                mask = torch.nn.functional.pad(batch.attention.long(), (len(self.shared), 0), value=1)
-                cache: dict[str, Any] = {"use_cache": False}
-                if start is not None:
-                    cache = {"past_key_values": chosen_rows(start, [row // self.count for row in batch.rows])}
-                    cache["use_cache"] = True
-                with model.reading(batch):
-                    hidden = model.hf.base_model(input_ids=batch.ids, attention_mask=mask, **cache)[0]
-                visit(batch, hidden)
-
-    def last_logits(
-        self, model: Model, interventions: Sequence[Intervention] = ()
-    ) -> Float[Tensor, "example vocabulary"]:
-        """Next-token logits after each prompt, in the order given, copy after copy."""
-        found: dict[int, Tensor] = {}
-
-        def visit(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> None:
-            found.update(zip(batch.rows, unembed(model, _last(batch, hidden)), strict=True))
-
-        self.read(model, visit, interventions)
-        return torch.stack([found[row] for row in range(self.count * self.copies)])
-
-
-def _last(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:
-    """The state of each prompt's last token."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), batch.attention.sum(1) - 1]
 
 
 # Candidates

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helpers.chat import Batch
+from helpers.forward import unembed
 from helpers.interventions import Hook, resid_post
 from helpers.losses import response_logits
 from helpers.models import Model
@@ -319,13 +320,6 @@ def head(model: Model, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, 
     """Logits of the last block's output: final norm, unembedding and, where the model has one, the cap."""
     with model.autocast():
         return unembed(model, model.bridge.ln_final(hidden))
-
-
-def unembed(model: Model, normalised: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocabulary"]:
-    """Logits, in float32 at least, of states that the final norm has seen."""
-    logits = _precise(model.hf.get_output_embeddings()(normalised))
-    cap = getattr(model.hf.config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 @torch.no_grad()

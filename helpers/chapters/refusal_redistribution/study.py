@@ -20,7 +20,6 @@ from helpers import corpora
 from helpers.artifacts import Artifact, default_store
 from helpers.chapters.refusal_redistribution.attack import (
     AttackSettings,
-    PromptSet,
     SuccessiveHalving,
     attacked_layers,
     candidate_directions,
@@ -34,6 +33,7 @@ from helpers.chapters.refusal_redistribution.attack import (
 from helpers.chapters.refusal_redistribution.method import Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chat import Answer, Example, answer_facts, answers_of, balanced_batches, encode
+from helpers.forward import PromptSet
 from helpers.generation import generate
 from helpers.interventions import AblateRows, Intervention
 from helpers.judges import is_refusal

@@ -15,6 +15,7 @@ from helpers.chapters.prompt_only_steering.method import (
     train_vectors,
 )
 from helpers.chat import Ends, Middle, Scattered, collate, encode
+from helpers.forward import only_blocks
 from helpers.generation import generate
 from helpers.interventions import Steer, SteerRows, applied
 from helpers.losses import sequence_sums, token_losses
@@ -73,7 +74,7 @@ def test_going_on_from_stored_states_is_reading_everything(model, pairs):
         whole, resumed = (drawn.clone().requires_grad_() for _ in range(2))
         with applied(model, SteerRows(0, lambda shifts=whole: shifts[of], where)):
             want = sequence_sums(model, collate(examples, model.tokenizer.pad_token_id))
-        with model.only_blocks(1, model.layers - 1):
+        with only_blocks(model, 1, model.layers - 1):
             got = states.losses(examples, resumed, of, where)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(
@@ -83,7 +84,7 @@ def test_going_on_from_stored_states_is_reading_everything(model, pairs):
 
 def test_a_model_without_some_blocks_is_whole_again_afterwards(model, pairs):
     before = logits(model, pairs[0].shown)
-    with pytest.raises(KeyError), model.only_blocks(1, 1):
+    with pytest.raises(KeyError), only_blocks(model, 1, 1):
         raise KeyError
     assert torch.equal(logits(model, pairs[0].shown), before)
 

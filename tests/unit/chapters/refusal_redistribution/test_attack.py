@@ -8,7 +8,6 @@ import torch
 
 from helpers.chapters.refusal_redistribution.attack import (
     AttackSettings,
-    PromptSet,
     Scores,
     SuccessiveHalving,
     _Scorer,
@@ -25,8 +24,9 @@ from helpers.chapters.refusal_redistribution.attack import (
     score_exhaustively,
     top_subspace,
 )
-from helpers.chat import Example, encode
-from helpers.interventions import Ablate, Steer, applied
+from helpers.chat import encode
+from helpers.forward import PromptSet
+from helpers.interventions import Ablate, applied
 from helpers.models import load
 
 WIDTH = 32
@@ -92,36 +92,6 @@ def test_the_log_odds_of_certainty_are_those_of_eps():
 def test_log_odds_without_refusal_tokens_are_an_error():
     with pytest.raises(ValueError, match="Refusal needs at least one token"):
         refusal_log_odds(random(2, 5), [])
-
-
-# Reading
-
-
-@pytest.mark.parametrize("batch_size", [2, 32])
-def test_prompts_read_behind_their_common_beginning_give_the_logits_of_each_alone(tiny, prompts, basis, batch_size):
-    together = PromptSet.of(tiny, prompts[0], batch_size=batch_size)
-    assert len(together.shared) == 24 and len(together.rest) == -(-6 // batch_size)
-    for interventions in ((), ablating(basis), (*ablating(basis), Steer(0, random(WIDTH), 2.0))):
-        expected = torch.stack([states(tiny, e, *interventions)[1] for e in prompts[0]])
-        torch.testing.assert_close(together.last_logits(tiny, interventions), expected, atol=1e-5, rtol=0)
-
-
-def test_prompts_that_are_the_same_or_share_nothing_are_read_all_the_same(tiny, prompts):
-    for examples in ([prompts[0][0]] * 3, [Example((5, 6, 7), 3), Example((8,), 1)], [Example((5,), 1)]):
-        together = PromptSet.of(tiny, examples)
-        expected = torch.stack([states(tiny, e)[1] for e in examples])
-        torch.testing.assert_close(together.last_logits(tiny), expected, atol=1e-5, rtol=0)
-
-
-def test_no_hook_is_left_when_reading_fails(tiny, prompts, basis, hook_count):
-    before = hook_count(tiny)
-
-    def fail(batch, hidden):
-        raise RuntimeError("while reading")
-
-    with pytest.raises(RuntimeError, match="while reading"):
-        PromptSet.of(tiny, prompts[0]).read(tiny, fail, ablating(basis))
-    assert hook_count(tiny) == before
 
 
 # Candidates
