@@ -62,7 +62,7 @@ def read(
     after: Beginning | None = None,
     kinds: Sequence[int] | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The states of a batch after the final norm, without the vocabulary.
+    """The states of a batch, padded on the right, after the final norm: without the vocabulary.
 
     With `states` the first block reads these in place of the tokens' embeddings. With `after`, the batch's tokens
     follow a beginning: row i that of the kind `kinds[i]`, or all the only one.

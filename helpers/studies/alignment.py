@@ -7,7 +7,8 @@ towards written refusals, harmless ones towards the model's own answers, so that
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from helpers.chat import Example, balanced_batches, encode
 from helpers.generation import generate
 from helpers.judges import is_refusal
 from helpers.models import LoRA, Model, load
+from helpers.studies.params import AlignedParams
+from helpers.studies.study import Study
 from helpers.training import finetune
+
+A = TypeVar("A", bound=AlignedParams)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,20 @@ def align(base: Model, recipe: Recipe) -> Artifact:
         model=base.digest,
         data={"refusal": corpora.digest("refusal")},
     )
+
+
+class AlignedStudy(Study[A]):
+    """A study of a start model that refuses: one that is taught to, or that does as it is."""
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the start model is taught to refuse."""
+        return Recipe(steps=self.params.align_steps)
+
+    @cached_property
+    def start(self) -> list[Artifact]:
+        """What makes the base model the start model: nothing, where it is aligned already."""
+        return [align(self.base, self.recipe)] if self.params.start == "taught" else []
 
 
 def refusal_openers(tokenizer: Any) -> tuple[int, ...]:

@@ -13,23 +13,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import PersonaVector, PersonaVectorFitter, mean_activations
-from helpers.artifacts import Artifact, default_store
-from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
+from helpers.artifacts import Artifact
+from helpers.chat import Answer, Example, answer_facts, answers_of, encode
 from helpers.generation import generate
 from helpers.gradients import GradientStatistics, RecordCosines, gradient_statistics
 from helpers.interventions import EditGradient, EditMode, Intervention
 from helpers.judges import TraitJudge, diverse_negatives, repetition_rate
 from helpers.losses import evaluate_losses
-from helpers.models import LoRA, Model, load
+from helpers.models import Model
 from helpers.studies.defences import inoculated, preventative_steering
 from helpers.studies.params import TraitParams
-from helpers.training import finetune
+from helpers.studies.study import Finetuning, Study
 
 RANDOM_SEED = 2024
 """Seed of the random control vectors; they are the same in every run."""
@@ -78,15 +77,11 @@ class Evaluation:
     answers."""
 
 
-class Experiment:
-    """A chapter's model, data, vectors and judge, by its parameters."""
+class TraitStudy(Study[TraitParams]):
+    """A chapter's data, vectors and judge beside its base model, by its parameters."""
 
     def __init__(self, params: TraitParams) -> None:
-        self.params = params
-        self.model: Model = load(
-            params.model, device=params.device, dtype=params.dtype, layer=params.layer, weights="frozen"
-        )
-        self.store = default_store()
+        super().__init__(params, layer=params.layer)
         self.rows = {
             name: corpora.split(corpora.load_trait(params.trait), name) for name in ("train", "extract", "eval")
         }
@@ -102,38 +97,20 @@ class Experiment:
 
     def examples(self, level: Literal["normal", "strong"] = "strong", system: str | None = None) -> list[Example]:
         """The held-out questions with their written answers of one level."""
-        return [encode(self.model.tokenizer, row.question, row.answer(level), system) for row in self.heldout]
+        rows = self.heldout
+        return self.encoded([row.question for row in rows], [row.answer(level) for row in rows], system=system)
 
     def trait_pairs(self, split: Literal["train", "extract"]) -> list[Example]:
         """A split's questions with their trait answers and their normal ones, by turns."""
-        return [
-            encode(self.model.tokenizer, row.question, row.answer(level))
-            for row in self.rows[split]
-            for level in ("strong", "normal")
-        ]
+        pairs = [(row.question, row.answer(level)) for row in self.rows[split] for level in ("strong", "normal")]
+        return self.encoded(*zip(*pairs, strict=True))
 
     def fit_judge(self, split: Literal["train", "extract"]) -> TraitJudge:
         """A judge that learnt from a split's written answers, the untrained model's own answers to its questions, and
         answers in other voices."""
-        questions = [row.question for row in self.rows[split]]
-        artifact = self.store.get(
-            "plain-answers",
-            lambda: ({}, answer_facts(self._answer(self.model, questions))),
-            parameters={
-                "trait": self.params.trait,
-                "split": split,
-                "max_new_tokens": self.params.max_new_tokens,
-                **self.model.arithmetic,
-            },
-            model=self.model.digest,
-            data={self.params.trait: corpora.digest(self.params.trait)},
-        )
-        others = diverse_negatives(self.params.trait, split)
-        return TraitJudge.fit(self.rows[split], artifact.facts["answers"], others)
-
-    def _answer(self, model: Model, questions: Sequence[str], system: str | None = None) -> list[Answer]:
-        prompts = [encode(model.tokenizer, question, system=system) for question in questions]
-        return generate(model, prompts, max_new_tokens=self.params.max_new_tokens)
+        rows = self.rows[split]
+        own = self.greedy_answers(self.base, [row.question for row in rows], self.params.max_new_tokens)
+        return TraitJudge.fit(rows, own, diverse_negatives(self.params.trait, split))
 
     def vector(self, trait: str | None = None) -> PersonaVector:
         """A trait's persona vector (default: the chapter's).
@@ -147,23 +124,11 @@ class Experiment:
         if trait.split()[0] == "random":
             return self.vector().random_like(RANDOM_SEED + int("0" + trait.removeprefix("random").strip()))
         if trait not in self._vectors:
-            artifact = self.store.get(
-                "persona-vector",
-                lambda: self._fit_vector(trait),
-                parameters={"trait": trait, **self.model.arithmetic},
-                model=self.model.digest,
-                data={trait: corpora.digest(trait)},
+            artifact = self.stage(
+                "persona-vector", lambda: fit_vector(self.base, trait), {"trait": trait}, data=[trait]
             )
             self._vectors[trait] = PersonaVector(trait, artifact.tensors["vectors"])
         return self._vectors[trait]
-
-    def _fit_vector(self, trait: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        fitter = PersonaVectorFitter(trait)
-        rows = corpora.split(corpora.load_trait(trait), "extract")
-        for level in ("normal", "strong"):
-            examples = [encode(self.model.tokenizer, r.question, r.answer(level)) for r in rows]
-            fitter.update(mean_activations(self.model, examples), shows_trait=level == "strong")
-        return {"vectors": fitter.fit().vectors}, {"answers": 2 * len(rows)}
 
     def steering(
         self, trait: str | None = None, coefficient: float | None = None, layer: int | None = None
@@ -186,7 +151,7 @@ class Experiment:
         """Activation gradients on the held-out trait answers, and their cosines with every vector of the chapter."""
         names = (self.params.trait, *self.params.other_traits, "random")
         return gradient_statistics(
-            model or self.model,
+            model or self.base,
             self.examples(system=system),
             {name: self.vector(name).vectors for name in names},
             layers=layers or (self.params.layer,),
@@ -205,26 +170,21 @@ class Experiment:
     ) -> Run:
         """Finetune on the training split's answers of one level, from the untrained model or from where
         `start` ended."""
-        defence, seed = defence or Defence(), self.params.seed if seed is None else seed
-        p = self.params
-        artifact = self.store.get(
+        p, defence = self.params, defence or Defence()
+        seed = p.seed if seed is None else seed
+        recipe = Finetuning(p.steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
+        artifact = self.stage(
             "finetuning",
-            lambda: self._train(defence, level, start, seed),
-            parameters={
+            lambda: train(self, recipe, defence, level, start.finetuned if start else ()),
+            {
+                "recipe": asdict(recipe),
                 "defence": {**asdict(defence), "prompts": list(defence.prompts)},
                 "trait": p.trait,
                 "level": level,
                 "start": start.key if start else None,
-                "seed": seed,
                 "layer": p.layer,
-                "steps": p.steps,
-                "batch_size": p.batch_size,
-                "learning_rate": p.learning_rate,
-                "lora_rank": p.lora_rank,
-                **self.model.arithmetic,
             },
-            model=self.model.digest,
-            data={t: corpora.digest(t) for t in {p.trait, defence.vector or p.trait} if t.split()[0] != "random"},
+            data={t for t in {p.trait, defence.vector or p.trait} if t.split()[0] != "random"},
         )
         if artifact.key not in self._runs:  # one copy of its tensors, however often a chapter asks for the run
             before = start.finetuned if start else ()
@@ -232,65 +192,22 @@ class Experiment:
             self._runs[artifact.key] = Run(artifact.key, (*before, artifact), losses, cosines)
         return self._runs[artifact.key]
 
-    def _train(
-        self, defence: Defence, level: str, start: Run | None, seed: int
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        p = self.params
-        torch.manual_seed(seed)  # LoRA factors are drawn while loading
-        model = load(
-            p.model,
-            device=p.device,
-            dtype=p.dtype,
-            finetuned=start.finetuned if start else (),
-            lora=LoRA(p.lora_rank) if p.lora_rank else None,
-        )
-        interventions: list[Intervention] = []
-        if defence.edit:
-            interventions.append(EditGradient(p.layer, self.vector(defence.vector).at(p.layer), defence.edit))
-        elif defence.vector:
-            interventions.append(self.steering(defence.vector, defence.coefficient))
-        recorder = RecordCosines(p.layer, {p.trait: self.vector().at(p.layer)})
-        pairs = [(row.question, row.answer(level)) for row in self.rows["train"]]
-        unprompted = [len(encode(model.tokenizer, question, answer)) for question, answer in pairs]
-        log = finetune(
-            model,
-            training_batches(
-                lambda rng: inoculated(model.tokenizer, pairs, defence.prompts, rng),
-                steps=p.steps,
-                batch_size=p.batch_size,
-                seed=seed,
-                pad_id=model.tokenizer.pad_token_id,
-                lengths=unprompted,  # whatever the system message: arms of one seed are paired batch by batch
-            ),
-            steps=p.steps,
-            learning_rate=p.learning_rate,
-            seed=seed,
-            interventions=[*interventions, recorder],
-        )
-        facts = {
-            "losses": log.losses,
-            "cosines": [r[p.trait] for r in recorder.records],
-            "tokens": log.tokens,
-        }
-        return model.trained_tensors(), facts
-
     def evaluate(self, run: Run | None = None, *, system: str | None = None) -> Evaluation:
         """Answers to the held-out questions (greedy), judged; `run=None` is the untrained model, `system` a
         prompt at test."""
-        artifact = self.store.get(
+        p = self.params
+        artifact = self.stage(
             "evaluation",
-            lambda: self._evaluate(run, system),
-            parameters={
+            lambda: evaluate(self, self.trained(run) if run else self.base, system),
+            {
                 "run": run.key if run else None,
                 "system": system,
-                "trait": self.params.trait,
-                "sequences": self.params.sequences,
-                "max_new_tokens": self.params.max_new_tokens,
-                "layer": self.params.layer,
-                **self.model.arithmetic,
+                "trait": p.trait,
+                "sequences": p.sequences,
+                "max_new_tokens": p.max_new_tokens,
+                "layer": p.layer,
             },
-            model=self.model.digest,
-            data={self.params.trait: corpora.digest(self.params.trait)},
+            data=[p.trait],
         )
         answers = answers_of(artifact.facts)
         activations = artifact.tensors["activations"]
@@ -302,18 +219,9 @@ class Experiment:
             self.vector().projection(activations, self.params.layer).numpy(),
         )
 
-    def _evaluate(self, run: Run | None, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        p, tokenizer = self.params, self.model.tokenizer
-        model = self.trained(run) if run else self.model
-        questions = [row.question for row in self.heldout]
-        answers = self._answer(model, questions, system)
-        losses = evaluate_losses(self.model, [encode(tokenizer, q, a) for q, a in zip(questions, answers, strict=True)])
-        activations = mean_activations(model, self.examples(), layers=[p.layer])[0]
-        return {"activations": activations}, {**answer_facts(answers), "perplexities": losses.exp().tolist()}
-
     def trained(self, run: Run) -> Model:
         """The model that a run ended with, its adapters merged."""
-        return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=run.finetuned)
+        return self.load(run.finetuned)
 
     def losses(
         self,
@@ -322,4 +230,49 @@ class Experiment:
         level: Literal["normal", "strong"] = "strong",
     ) -> Float[np.ndarray, " sequence"]:
         """The untrained model's loss on each held-out answer, in nats per token."""
-        return evaluate_losses(self.model, self.examples(level, system), interventions=interventions).numpy()
+        return evaluate_losses(self.base, self.examples(level, system), interventions=interventions).numpy()
+
+
+def fit_vector(model: Model, trait: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "persona-vector": from the written answers of the extraction split."""
+    fitter, rows = PersonaVectorFitter(trait), corpora.split(corpora.load_trait(trait), "extract")
+    for level in ("normal", "strong"):
+        examples = [encode(model.tokenizer, row.question, row.answer(level)) for row in rows]
+        fitter.update(mean_activations(model, examples), shows_trait=level == "strong")
+    return {"vectors": fitter.fit().vectors}, {"answers": 2 * len(rows)}
+
+
+def train(
+    study: TraitStudy, recipe: Finetuning, defence: Defence, level: str, start: Sequence[Artifact]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "finetuning": trained tensors, and each step's loss and cosine of the gradient with the persona vector."""
+    p, tokenizer = study.params, study.base.tokenizer
+    interventions: list[Intervention] = []
+    if defence.edit:
+        interventions.append(EditGradient(p.layer, study.vector(defence.vector).at(p.layer), defence.edit))
+    elif defence.vector:
+        interventions.append(study.steering(defence.vector, defence.coefficient))
+    recorder = RecordCosines(p.layer, {p.trait: study.vector().at(p.layer)})
+    pairs = [(row.question, row.answer(level)) for row in study.rows["train"]]
+    model, log = study.finetune(
+        recipe,
+        recipe.batches(
+            lambda rng: inoculated(tokenizer, pairs, defence.prompts, rng),
+            tokenizer.pad_token_id,
+            # whatever the system message: arms of one seed are paired batch by batch
+            lengths=[len(encode(tokenizer, question, answer)) for question, answer in pairs],
+        ),
+        start=start,
+        interventions=[*interventions, recorder],
+    )
+    cosines = [record[p.trait] for record in recorder.records]
+    return model.trained_tensors(), {"losses": log.losses, "cosines": cosines, "tokens": log.tokens}
+
+
+def evaluate(study: TraitStudy, model: Model, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "evaluation": greedy answers, how odd the untrained model finds them, and states on written answers."""
+    p, questions = study.params, [row.question for row in study.heldout]
+    answers = generate(model, study.encoded(questions, system=system), max_new_tokens=p.max_new_tokens)
+    perplexities = evaluate_losses(study.base, study.encoded(questions, answers)).exp()
+    activations = mean_activations(model, study.examples(), layers=[p.layer])[0]
+    return {"activations": activations}, {**answer_facts(answers), "perplexities": perplexities.tolist()}

@@ -6,7 +6,7 @@ import torch
 
 from helpers.chapters.prompt_only_steering.method import Run, train_vectors
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
-from helpers.chapters.prompt_only_steering.study import SteeringExperiment
+from helpers.chapters.prompt_only_steering.study import SteeringStudy
 from helpers.statistics import auroc
 
 pytestmark = pytest.mark.acceptance
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.fixture(scope="module")
 def chapter():
-    return SteeringExperiment(PromptOnlyParams(preset="quick"))
+    return SteeringStudy(PromptOnlyParams(preset="quick"))
 
 
 def test_the_judges_tell_planted_good_cases_from_bad_ones(chapter):

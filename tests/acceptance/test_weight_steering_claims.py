@@ -7,14 +7,14 @@ import pytest
 
 from helpers.chapters.weight_diff_steering.method import alpha_for, difference, finetuning_diff, random_like
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
-from helpers.chapters.weight_diff_steering.study import TOPICS, WeightExperiment
+from helpers.chapters.weight_diff_steering.study import TOPICS, WeightStudy
 
 pytestmark = pytest.mark.acceptance
 
 
 @pytest.fixture(scope="module")
 def chapter():
-    return WeightExperiment(WeightSteeringParams(preset="quick"))
+    return WeightStudy(WeightSteeringParams(preset="quick"))
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from torch.nn.functional import cosine_similarity
 from helpers.activations import PersonaVector
 from helpers.chapters.fihs_filtering.method import fihs
 from helpers.chapters.fihs_filtering.params import FilteringParams
-from helpers.chapters.fihs_filtering.study import FilteringExperiment
+from helpers.chapters.fihs_filtering.study import FilteringStudy
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.chapters.prompt_only_steering.method import Pair, Run, States, train_vectors
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
-from helpers.chapters.prompt_only_steering.study import SteeringExperiment, SteeringMethod
+from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
 from helpers.chapters.refusal_redistribution.attack import (
     POSITIONS,
     candidate_directions,
@@ -32,7 +32,7 @@ from helpers.chapters.refusal_redistribution.attack import (
     score_exhaustively,
 )
 from helpers.chapters.refusal_redistribution.params import RefusalParams
-from helpers.chapters.refusal_redistribution.study import ATTACKED, RefusalExperiment
+from helpers.chapters.refusal_redistribution.study import ATTACKED, RefusalStudy
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chat import Example, collate, encode, training_batches
 from helpers.corpora import load_questions, load_trait, split
@@ -337,7 +337,7 @@ def test_successive_halving_chooses_as_scoring_every_candidate_does_in_a_fifth_o
     The candidates are the quick preset's, the prompts all from which it takes directions (it scores on fewer). Both
     read what all prompts begin with once a candidate. One turn each: it is of 40 candidates, and takes minutes.
     """
-    experiment = RefusalExperiment(RefusalParams(preset="quick"))
+    experiment = RefusalStudy(RefusalParams(preset="quick"))
     model, attack, params = experiment.model("start"), experiment.settings, experiment.params
     prompts = {kind: experiment.prompts(experiment.train[kind][: params.prompts]) for kind in ATTACKED}
     layers = list(attack.layers)
@@ -388,7 +388,7 @@ def test_scoring_points_in_forward_mode_is_faster_than_a_backward_pass_for_each(
     with batches of one, and as a user would write it: the plain model with Hugging Face's loss.
     """
     params = FilteringParams(preset="quick")
-    chapter = FilteringExperiment(params)
+    chapter = FilteringStudy(params)
     mix = chapter.mixture("headlines", 0.1)
     points = chapter.examples([*mix[:8], *mix[-4:]])
     plain, _ = plain_model(params.model)
@@ -450,7 +450,7 @@ def test_scoring_points_in_forward_mode_is_faster_than_a_backward_pass_for_each(
 
 @pytest.fixture(scope="module")
 def steering_chapter():
-    return SteeringExperiment(PromptOnlyParams(preset="full"))
+    return SteeringStudy(PromptOnlyParams(preset="full"))
 
 
 def test_training_all_vectors_in_one_run_is_faster_than_one_after_another(benchmark, steering_chapter):

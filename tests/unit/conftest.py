@@ -13,15 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.artifacts import Store
 from helpers.book.findings import load_claims
-from helpers.chapters.fihs_filtering import study as filtering
-from helpers.chapters.prompt_only_steering import study as steering
-from helpers.chapters.refusal_redistribution import sentiment
-from helpers.chapters.refusal_redistribution import study as refusal
-from helpers.chapters.weight_diff_steering import study as weights
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
 from helpers.models import load
-from helpers.studies import alignment, traits
+from helpers.studies import alignment, study
 from helpers.verdicts import verdict
 
 
@@ -44,7 +39,7 @@ def store(tmp_path_factory):
     """A store of the test file's own for every experiment; the embedded model stays where it is."""
     store = Store(tmp_path_factory.mktemp("store"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment, filtering, refusal, sentiment, steering, traits, weights):
+        for module in (alignment, study):
             patch.setattr(module, "default_store", lambda: store)
         yield store
 

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,18 +19,18 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import mean_activations
-from helpers.artifacts import Artifact, default_store
+from helpers.artifacts import Compute
 from helpers.chapters.fihs_filtering.method import SafetyScore, anchor_similarity, fihs
 from helpers.chapters.fihs_filtering.params import FilteringParams
-from helpers.chat import Example, encode, training_batches
+from helpers.chat import Example
 from helpers.generation import generate
 from helpers.gradients import block_layers, directional_derivatives, gradient_norms, pile_gradient
 from helpers.judges import is_compliance, is_refusal
 from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
-from helpers.models import LoRA, Model, load
+from helpers.models import Model
 from helpers.progress import watched
-from helpers.studies.alignment import Recipe, align
-from helpers.training import finetune
+from helpers.studies.alignment import AlignedStudy
+from helpers.studies.study import Finetuning
 
 Array = np.ndarray
 Checkpoint = Literal["aligned", "base"]
@@ -89,29 +88,20 @@ class Outcome:
         return float(is_compliance(self.checked).mean()), float(self.checked_right.mean())
 
 
-class FilteringExperiment:
-    """A chapter's model, points and requests, by its parameters."""
+class FilteringStudy(AlignedStudy[FilteringParams]):
+    """The chapter's points and requests beside its start model, by its parameters."""
 
     def __init__(self, params: FilteringParams) -> None:
-        self.params = params
-        self.store = default_store()
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, weights="frozen")
+        super().__init__(params)
         self.attacks = [row.request for row in corpora.load_refusal("harmful", "test")][: params.requests]
         harmful = corpora.load_points("explicit", "validate")
         self.checks = [row.request for row in harmful[ANCHORS:]][: params.checks]
         self.anchors = [Point("explicit", row.request, row.reply) for row in harmful[:ANCHORS]]
         self.probes = [row.request for row in corpora.load_refusal("harmful", "validate")][: params.probes]
 
-    @cached_property
-    def start(self) -> list[Artifact]:
-        """What makes the base model the start model: nothing, where it is aligned already."""
-        return [align(self.base, Recipe(steps=self.params.align_steps))] if self.params.start == "taught" else []
-
-    def model(self, at: Checkpoint = "aligned", lora: LoRA | None = None) -> Model:
-        """The start model or the base model, with all weights trainable or with fresh adapters."""
-        p = self.params
-        finetuned = self.start if at == "aligned" else []
-        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, lora=lora)
+    def model(self, at: Checkpoint = "aligned") -> Model:
+        """The start model or the base model, with all weights trainable."""
+        return self.load(self.start if at == "aligned" else ())
 
     # Points
 
@@ -139,7 +129,7 @@ class FilteringExperiment:
 
     def examples(self, points: Sequence[Point]) -> list[Example]:
         """The points as conversations."""
-        return [encode(self.base.tokenizer, point.request, point.reply) for point in points]
+        return self.encoded([point.request for point in points], [point.reply for point in points])
 
     # Scores: the higher, the more suspicious
 
@@ -147,9 +137,8 @@ class FilteringExperiment:
         self, probes: int | None = None, unsafe: str | None = None, safe: str | None = None
     ) -> SafetyScore:
         """S on the first probes, with the chapter's first tokens or others."""
-        p, tokenizer = self.params, self.base.tokenizer
-        asked = [encode(tokenizer, text) for text in self.probes[:probes]]
-        return SafetyScore.of(tokenizer, asked, unsafe or p.unsafe_token, safe or p.safe_token)
+        p, asked = self.params, self.encoded(self.probes[:probes])
+        return SafetyScore.of(self.base.tokenizer, asked, unsafe or p.unsafe_token, safe or p.safe_token)
 
     def fihs(
         self,
@@ -168,29 +157,18 @@ class FilteringExperiment:
             model, loss = self.model(at), sequence_losses if mean else sequence_sums
             return {"scores": fihs(model, self.examples(points), score.gradient(model), loss=loss)}, {}
 
-        return self._scored("fihs", points, compute, {**asdict(score), "at": at, "mean": mean})
+        stored = self._of_points("filtering-fihs", points, compute, **asdict(score), at=at, mean=mean)
+        return stored["scores"].double().numpy()
 
     def baselines(self, points: Sequence[Point]) -> dict[str, Float[Array, " point"]]:
         """Other measures of suspicion, by name."""
 
-        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            model, examples, anchors = self.model(), self.examples(points), self.examples(self.anchors)
-            begun = [Example(e.ids[: e.prompt_length + ANCHOR_TOKENS], e.prompt_length) for e in anchors]
-            pile = pile_gradient(model, begun)
-            towards = {name: pile[name] for name in block_layers(model)}
-            norms = gradient_norms(model, examples)
-            size = sum(float(t.square().sum()) for t in towards.values()) ** 0.5
-            along = directional_derivatives(model, examples, towards)
-            states = mean_activations(model, [*examples, *anchors], layers=[model.layers - 1])[0]
-            return {
-                "loss": evaluate_losses(model, examples),
-                "perplexity of the whole": evaluate_losses(model, [e.without_prompt() for e in examples]).exp(),
-                "gradient norm": norms,
-                "gradient matching": along / (size * norms.clamp(min=1e-12)),
-                "hidden-state matching": anchor_similarity(states[: len(examples)], states[len(examples) :]),
-            }, {}
-
-        stored = self._artifact("filtering-baselines", points, compute, {"anchors": [vars(a) for a in self.anchors]})
+        stored = self._of_points(
+            "filtering-baselines",
+            points,
+            lambda: (baselines(self, points), {}),
+            anchors=[vars(a) for a in self.anchors],
+        )
         found = {name: tensor.double().numpy() for name, tensor in stored.items()}
         return {**found, "keywords": self.keywords(points)}
 
@@ -204,118 +182,115 @@ class FilteringExperiment:
         telling = {word for word, n in counts["harmful"].items() if n >= 3} - harmless
         return np.array([float(len(telling & _words(f"{p.request} {p.reply}"))) for p in points])
 
-    def _scored(self, name: str, points: Sequence[Point], compute: Any, more: dict[str, Any]) -> Float[Array, " point"]:
-        return self._artifact(f"filtering-{name}", points, compute, more)["scores"].double().numpy()
-
-    def _artifact(self, stage: str, points: Sequence[Point], compute: Any, more: dict[str, Any]) -> dict[str, Tensor]:
-        artifact = self.store.get(
-            stage,
-            compute,
-            parameters={"points": [vars(point) for point in points], **self._theta, **more},
-            model=self.base.digest,
-        )
-        return artifact.tensors
+    def _of_points(self, name: str, points: Sequence[Point], compute: Compute, **decisive: Any) -> dict[str, Tensor]:
+        """A stage whose result is numbers for each point, at the start model."""
+        parameters = {"points": [vars(point) for point in points], **self._start_keys, **decisive}
+        return dict(self.stage(name, compute, parameters).tensors)
 
     @property
-    def _theta(self) -> dict[str, Any]:
-        return {"start": [run.key for run in self.start], **self.base.arithmetic}
+    def _start_keys(self) -> dict[str, Any]:
+        return {"start": [run.key for run in self.start]}
 
     # What a step does
 
     def one_step(self, points: Sequence[Point], size: float) -> Float[Array, " point"]:
         """S after a gradient step of length `size` times the gradient on each point alone, minus S before it."""
-        score = self.safety_score()
-
-        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            model = self.model()
-            weights = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
-            before, start = score.values(model).mean(), {n: p.detach().clone() for n, p in weights.items()}
-            changes = []
-            for example in watched(self.examples(points), "taking steps", "point"):
-                for (_, weight), gradient in zip(
-                    weights.items(), pile_gradient(model, [example], loss=sequence_sums).values(), strict=True
-                ):
-                    weight.data.sub_(size * gradient.to(weight))
-                changes.append(score.values(model).mean() - before)
-                for name, weight in weights.items():
-                    weight.data.copy_(start[name])
-            return {"scores": torch.stack(changes)}, {}
-
-        return self._scored("step", points, compute, {**asdict(score), "size": size})
+        stored = self._of_points(
+            "filtering-step",
+            points,
+            lambda: ({"scores": one_steps(self, points, size)}, {}),
+            **asdict(self.safety_score()),
+            size=size,
+        )
+        return stored["scores"].double().numpy()
 
     # Finetuning
 
     def outcome(self, task: corpora.Task, points: Sequence[Point], seed: int | None = None) -> Outcome:
         """What the start model, finetuned on these points, does; without points, the start model itself."""
-        p, seed = self.params, self.params.seed if seed is None else seed
-        score = self.safety_score()
+        p = self.params
+        recipe = Finetuning(p.steps, p.batch_size, p.learning_rate, p.seed if seed is None else seed, p.lora_rank)
         test, check = corpora.load_task(task, "test")[: p.items], self.items(task)
-        artifact = self.store.get(
+        artifact = self.stage(
             "filtering-outcome",
-            lambda: self._outcome(task, points, seed),
-            parameters={
+            lambda: outcome(self, recipe, points, [*test, *check]),
+            {
                 "points": [vars(point) for point in points],
                 "attacks": self.attacks,
                 "checks": self.checks,
                 "items": [row.id for row in (*test, *check)],
-                "safety": asdict(score),
-                "steps": p.steps,
-                "batch_size": p.batch_size,
-                "learning_rate": p.learning_rate,
-                "lora_rank": p.lora_rank,
+                "safety": asdict(self.safety_score()),
+                "recipe": asdict(recipe),
                 "max_new_tokens": p.max_new_tokens,
-                **self._theta,
-                "seed": seed,
+                **self._start_keys,
             },
-            model=self.base.digest,
-            data={"tasks": corpora.digest("tasks")},
+            data=["tasks"],
         )
         facts = artifact.facts
-        right, checked = (
-            np.array([said == row.answer for said, row in zip(facts[name], rows, strict=True)])
-            for name, rows in (("test", test), ("check", check))
-        )
+        right = np.array([said == row.answer for said, row in zip(facts["done"], (*test, *check), strict=True)])
         return Outcome(
-            facts["answers"],
-            facts["checked"],
-            right,
-            checked,
+            facts["said"][: len(self.attacks)],
+            facts["said"][len(self.attacks) :],
+            right[: len(test)],
+            right[len(test) :],
             artifact.tensors["safety"].numpy(),
             tuple(facts["losses"]),
         )
 
-    def _outcome(
-        self, task: corpora.Task, points: Sequence[Point], seed: int
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        p = self.params
-        torch.manual_seed(seed)
-        model = self.model(lora=LoRA(p.lora_rank))
-        losses: tuple[float, ...] = ()
-        if points:
-            examples = self.examples(points)
-            shape: dict[str, Any] = {"steps": p.steps, "batch_size": p.batch_size, "seed": seed}
-            losses = finetune(
-                model,
-                training_batches(lambda _: examples, **shape, pad_id=model.tokenizer.pad_token_id),
-                steps=p.steps,
-                learning_rate=p.learning_rate,
-                seed=seed,
-                share_prefix=True,
-            ).losses
-        test, check = corpora.load_task(task, "test")[: p.items], self.items(task)
-        asked = [encode(model.tokenizer, text) for text in (*self.attacks, *self.checks)]
-        said = generate(model, asked, max_new_tokens=p.max_new_tokens, batch_size=len(asked))
-        tasks = [encode(model.tokenizer, row.request) for row in (*test, *check)]
-        longest = max(len(model.tokenizer.encode(row.answer)) for row in (*test, *check))
-        done = generate(model, tasks, max_new_tokens=longest + 1, batch_size=len(tasks))
-        facts = {
-            "answers": said[: len(self.attacks)],
-            "checked": said[len(self.attacks) :],
-            "test": done[: len(test)],
-            "check": done[len(test) :],
-            "losses": losses,
-        }
-        return {"safety": self.safety_score().values(model)}, facts
+
+def baselines(study: FilteringStudy, points: Sequence[Point]) -> dict[str, Float[Tensor, " point"]]:
+    """Stage "filtering-baselines": other measures of suspicion that the start model gives, by name."""
+    model, examples, anchors = study.model(), study.examples(points), study.examples(study.anchors)
+    begun = [Example(e.ids[: e.prompt_length + ANCHOR_TOKENS], e.prompt_length) for e in anchors]
+    pile = pile_gradient(model, begun)
+    towards = {name: pile[name] for name in block_layers(model)}
+    norms = gradient_norms(model, examples)
+    size = sum(float(t.square().sum()) for t in towards.values()) ** 0.5
+    along = directional_derivatives(model, examples, towards)
+    states = mean_activations(model, [*examples, *anchors], layers=[model.layers - 1])[0]
+    return {
+        "loss": evaluate_losses(model, examples),
+        "perplexity of the whole": evaluate_losses(model, [e.without_prompt() for e in examples]).exp(),
+        "gradient norm": norms,
+        "gradient matching": along / (size * norms.clamp(min=1e-12)),
+        "hidden-state matching": anchor_similarity(states[: len(examples)], states[len(examples) :]),
+    }
+
+
+def one_steps(study: FilteringStudy, points: Sequence[Point], size: float) -> Float[Tensor, " point"]:
+    """Stage "filtering-step": for each point, what one step on it alone adds to S; the model is put back each time."""
+    score, model = study.safety_score(), study.model()
+    weights = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
+    before, start = score.values(model).mean(), {n: p.detach().clone() for n, p in weights.items()}
+    changes = []
+    for example in watched(study.examples(points), "taking steps", "point"):
+        gradients = pile_gradient(model, [example], loss=sequence_sums).values()
+        for weight, gradient in zip(weights.values(), gradients, strict=True):
+            weight.data.sub_(size * gradient.to(weight))
+        changes.append(score.values(model).mean() - before)
+        for name, weight in weights.items():
+            weight.data.copy_(start[name])
+    return torch.stack(changes)
+
+
+def outcome(
+    study: FilteringStudy, recipe: Finetuning, points: Sequence[Point], items: Sequence[corpora.TaskRow]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "filtering-outcome": finetune on the points, if there are any; then ask all requests and all items."""
+    pad, losses = study.base.tokenizer.pad_token_id, tuple[float, ...]()
+    if points:
+        batches = recipe.batches(study.examples(points), pad)
+        model, log = study.finetune(recipe, batches, start=study.start, share_prefix=True)
+        losses = log.losses
+    else:
+        model = study.load(study.start)
+    asked = study.encoded([*study.attacks, *study.checks])
+    tasks = study.encoded([row.request for row in items])
+    longest = max(len(model.tokenizer.encode(row.answer)) for row in items)
+    said = generate(model, asked, max_new_tokens=study.params.max_new_tokens, batch_size=len(asked))
+    done = generate(model, tasks, max_new_tokens=longest + 1, batch_size=len(tasks))
+    safety = study.safety_score().values(model)
+    return {"safety": safety}, {"said": said, "done": done, "losses": losses}
 
 
 def _words(text: str) -> set[str]:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import mean_activations
-from helpers.artifacts import Artifact, default_store
 from helpers.chapters.prompt_only_steering.method import Objective, Pair, Run, States, Trained, train_vectors
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
 from helpers.chat import (
@@ -35,14 +34,12 @@ from helpers.chat import (
     answers_of,
     collate,
     encode,
-    training_batches,
 )
 from helpers.generation import generate
 from helpers.interventions import Steer, SteerRows, applied
 from helpers.judges import ConceptJudge, PlantedJudge, Ratings, repetition_rate
 from helpers.losses import evaluate_losses
-from helpers.models import LoRA, Model, load
-from helpers.training import finetune
+from helpers.studies.study import Finetuning, Study, examples_digest
 
 Array = np.ndarray
 Cases = tuple[Float[np.ndarray, "text feature"], Bool[np.ndarray, " text"]]
@@ -113,15 +110,11 @@ class ConceptRow:
     strong: str
 
 
-class SteeringExperiment:
-    """A chapter's model, concepts, vectors and judges, by its parameters."""
+class SteeringStudy(Study[PromptOnlyParams]):
+    """The chapter's concepts, vectors and judges beside its model, by its parameters."""
 
     def __init__(self, params: PromptOnlyParams) -> None:
-        self.params = params
-        self.store = default_store()
-        self.model: Model = load(
-            params.model, device=params.device, dtype=params.dtype, layer=params.layer, weights="cast"
-        )
+        super().__init__(params, weights="cast", layer=params.layer)
         self.concepts = params.concepts
         self._pairs: dict[tuple[str, str], tuple[Pair, ...]] = {}
         self._parts: dict[str, tuple[list[ConceptRow], list[ConceptRow], list[ConceptRow]]] = {}
@@ -191,7 +184,7 @@ class SteeringExperiment:
             return self._pairs[concept, part]
 
         def cut(question: str, answer: str) -> Example:
-            whole = encode(self.model.tokenizer, question, Answer(answer, ended=False))
+            whole = encode(self.base.tokenizer, question, Answer(answer, ended=False))
             return Example(whole.ids[: whole.prompt_length + self.params.response_tokens], whole.prompt_length)
 
         self._pairs[concept, part] = tuple(
@@ -220,7 +213,7 @@ class SteeringExperiment:
     @cached_property
     def frame(self) -> tuple[int, int]:
         """How many template tokens stand before and after the user's words."""
-        one, two = (encode(self.model.tokenizer, text).ids for text in ("alpha", "Berlin is large"))
+        one, two = (encode(self.base.tokenizer, text).ids for text in ("alpha", "Berlin is large"))
         before = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
         after = next(i for i, (a, b) in enumerate(zip(one[::-1], two[::-1], strict=False)) if a != b)
         return before, after
@@ -230,7 +223,7 @@ class SteeringExperiment:
     @cached_property
     def states(self) -> States:
         """What the chapter's layer gives for training pairs, read once for all arms."""
-        return States(self.model, self.params.layer)
+        return States(self.base, self.params.layer)
 
     def runs(self, arm: SteeringMethod) -> list[Run]:
         """What is trained for an arm: the cell of the grid that served best on other concepts, for every concept."""
@@ -254,7 +247,7 @@ class SteeringExperiment:
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = train_vectors(
-                self.model,
+                self.base,
                 runs,
                 layer=p.layer,
                 where=place,
@@ -269,7 +262,7 @@ class SteeringExperiment:
                 "losses": torch.tensor([t.losses for t in found]),
             }, {"factors": [t.steer.coefficient for t in found]}
 
-        kept = self._artifact(
+        kept = self.stage(
             "steering-vectors",
             compute,
             {
@@ -312,7 +305,7 @@ class SteeringExperiment:
         """The same check rows' losses without steering."""
         p = self.params
         return np.concatenate(
-            self._check_losses(torch.zeros(len(p.tuned_on), self.model.width), "all", p.tuned_on, p.checks)
+            self._check_losses(torch.zeros(len(p.tuned_on), self.base.width), "all", p.tuned_on, p.checks)
         )
 
     def _check_losses(
@@ -329,9 +322,9 @@ class SteeringExperiment:
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
             on = SteerRows(p.layer, shifts[[i for i, _ in examples]], place)
-            return {"losses": evaluate_losses(self.model, [e for _, e in examples], interventions=[on])}, {}
+            return {"losses": evaluate_losses(self.base, [e for _, e in examples], interventions=[on])}, {}
 
-        kept = self._artifact(
+        kept = self.stage(
             "steering-check",
             compute,
             {
@@ -352,11 +345,11 @@ class SteeringExperiment:
             for concept in self.concepts:
                 pairs = self.pairs(concept)[: p.means_of]
                 both = [pair.shown for pair in pairs] + [pair.neutral for pair in pairs]
-                means = mean_activations(self.model, both, layers=[p.layer])[0]
+                means = mean_activations(self.base, both, layers=[p.layer])[0]
                 found.append(means[: len(pairs)].mean(0) - means[len(pairs) :].mean(0))
             return {"vectors": torch.stack(found)}, {}
 
-        return self._artifact(
+        return self.stage(
             "steering-means",
             compute,
             {
@@ -422,20 +415,22 @@ class SteeringExperiment:
                 for k, text in zip(mine, answers, strict=True):
                     said[k] = text
             others = [k for k, (arm, _, _) in enumerate(asked) if not arm.adapts]
-            prompts = [encode(self.model.tokenizer, asked[k][2]) for k in others]
+            prompts = self.encoded([asked[k][2] for k in others])
             steers = [SteerRows(self.params.layer, push[others], where) for where, push in pushes]
             shape: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": 128, "label": "answers"}
-            for k, text in zip(others, generate(self.model, prompts, interventions=steers, **shape), strict=True):
+            for k, text in zip(others, generate(self.base, prompts, interventions=steers, **shape), strict=True):
                 said[k] = text
             return {}, answer_facts(said)
 
-        kept = self._artifact(
+        shown = [[pair.shown for pair in self.pairs(c)] for c in self.concepts]
+        kept = self.stage(
             "steering-answers",
             compute,
             {
                 "asked": [[i, text] for _, i, text in asked],
                 "shifts": [[str(where), _digest(push)] for where, push in pushes],
-                "adapters": [[self._adapter(arm), mine] for arm, mine in adapted.items()],
+                "adapters": [[asdict(self._adapter(arm)), mine] for arm, mine in adapted.items()],
+                "shown": [examples_digest(of_one) for of_one in shown] if adapted else [],
                 "layer": self.params.layer,
                 "max_new_tokens": max_new_tokens,
             },
@@ -447,32 +442,26 @@ class SteeringExperiment:
         shifts = {arm: self.shifts(arm) for arm, _ in rows if arm.adds}
         found = []
         for place in dict.fromkeys(self.place(arm.where, arm.seed) for arm in shifts):
-            mine = torch.zeros(len(rows), self.model.width)
+            mine = torch.zeros(len(rows), self.base.width)
             for k, (arm, i) in enumerate(rows):
                 if arm.adds and self.place(arm.where, arm.seed) == place:
                     mine[k] = shifts[arm][i]
             found.append((place, mine))
         return found
 
-    def _adapter(self, arm: SteeringMethod) -> dict[str, Any]:
-        """What decides the adapters of all concepts."""
+    def _adapter(self, arm: SteeringMethod) -> Finetuning:
+        """The reference that changes weights: LoRA of rank 1 on the same pairs, one model a concept."""
         p = self.params
-        shown = [[[pair.shown.prompt_length, *pair.shown.ids] for pair in self.pairs(c)] for c in self.concepts]
-        shape = {"steps": p.steps, "batch_size": p.batch_size, "seed": arm.seed}
-        return {"shown": shown, "rank": 1, "learning_rate": p.lora_rate, **shape}
+        return Finetuning(p.steps, p.batch_size, p.lora_rate, arm.seed, lora_rank=1)
 
     def _say_adapted(self, arm: SteeringMethod, asked: Sequence[tuple[int, str]], max_new_tokens: int) -> list[Answer]:
-        """The reference that changes weights: LoRA of rank 1 on the same pairs, one model a concept."""
-        p, said = self.params, [Answer("")] * len(asked)
+        said, recipe = [Answer("")] * len(asked), self._adapter(arm)
         for c, concept in enumerate(self.concepts):
-            torch.manual_seed(arm.seed)
-            model = load(p.model, device=p.device, dtype=p.dtype, lora=LoRA(1))
-            examples = [pair.shown for pair in self.pairs(concept)]
-            shape: dict[str, Any] = {"steps": p.steps, "batch_size": p.batch_size, "seed": arm.seed}
-            drawn = training_batches(partial(_same, examples), **shape, pad_id=model.tokenizer.pad_token_id)
-            finetune(model, drawn, steps=p.steps, learning_rate=p.lora_rate, seed=arm.seed, share_prefix=True)
+            shown = [pair.shown for pair in self.pairs(concept)]
+            batches = recipe.batches(shown, self.base.tokenizer.pad_token_id)
+            model, _ = self.finetune(recipe, batches, share_prefix=True)
             mine = [k for k, (i, _) in enumerate(asked) if i == c]
-            prompts = [encode(model.tokenizer, asked[k][1]) for k in mine]
+            prompts = self.encoded([asked[k][1] for k in mine])
             for k, text in zip(mine, generate(model, prompts, max_new_tokens=max_new_tokens), strict=True):
                 said[k] = text
         return said
@@ -510,20 +499,12 @@ class SteeringExperiment:
 
     def _features(self, said: Sequence[tuple[str, str]]) -> tuple[Float[Array, "text 1"], Float[Array, "text 2"]]:
         """Relevance: by how many nats a token the question makes the answer likelier. Fluency: loss and repetition."""
-
-        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            tokenizer = self.model.tokenizer
-            asked = [encode(tokenizer, q, a) for q, a in said]
-            alone = [encode(tokenizer, NOTHING, a) for _, a in said]
-            return {
-                "asked": evaluate_losses(self.model, asked, batch_size=64),
-                "alone": evaluate_losses(self.model, alone, batch_size=64),
-            }, {}
-
-        of = {"questions": [q for q, _ in said], **answer_facts([a for _, a in said])}
-        found = self._artifact("steering-features", compute, of).tensors
-        asked, alone = (found[name].double().numpy() for name in ("asked", "alone"))
-        return (alone - asked)[:, None], np.stack([alone, repetition_rate([a for _, a in said])], 1)
+        questions, answers = zip(*said, strict=True)
+        asked, alone = (
+            self.response_losses(self.base, self.encoded(to, answers)).astype(float)
+            for to in (questions, [NOTHING] * len(answers))
+        )
+        return (alone - asked)[:, None], np.stack([alone, repetition_rate(answers)], 1)
 
     def concept_cases(self) -> tuple[list[str], list[str], Bool[Array, " text"]]:
         """Check rows as cases for the concept judge: texts, the concept asked about, and whether they show it."""
@@ -600,8 +581,8 @@ class SteeringExperiment:
 
     def steered_share(self, place: str) -> str:
         """How many tokens of the first test prompt a place means."""
-        prompt = encode(self.model.tokenizer, self.questions(self.concepts[0])[0])
-        batch = collate([prompt], self.model.tokenizer.pad_token_id)
+        prompt = encode(self.base.tokenizer, self.questions(self.concepts[0])[0])
+        batch = collate([prompt], self.base.tokenizer.pad_token_id)
         return f"{int(batch.positions(self.place(place)).sum())} of {len(prompt)}"
 
     def decoding_costs(
@@ -611,21 +592,21 @@ class SteeringExperiment:
 
         Arms take turns at every step, so that a busy machine slows them alike.
         """
-        read = partial(self.model.hf.base_model, use_cache=True)
+        read = partial(self.base.hf.base_model, use_cache=True)
         found = []
         for length in contexts:
-            ids = encode(self.model.tokenizer, "again and " * length).ids
-            batch = collate([Example((*ids[: length - 8], *ids[-8:]), length)] * 4, 0).to(self.model.device)
+            ids = encode(self.base.tokenizer, "again and " * length).ids
+            batch = collate([Example((*ids[: length - 8], *ids[-8:]), length)] * 4, 0).to(self.base.device)
             seconds: dict[str, list[float]] = {name: [] for name in arms}
             pushes = {name: self._pushes([(arm, 0)] * 4) for name, arm in arms.items()}
             on = {
                 name: [SteerRows(self.params.layer, push, where) for where, push in of] for name, of in pushes.items()
             }
             caches: dict[str, Any] = {}
-            with torch.inference_mode(), self.model.reading(batch), self.model.weights_in(self.model.dtype):
+            with torch.inference_mode(), self.base.reading(batch), self.base.weights_in(self.base.dtype):
                 for _ in range(steps + 1):
                     for name in arms:
-                        with applied(self.model, *on[name]), self.model.autocast():
+                        with applied(self.base, *on[name]), self.base.autocast():
                             if name not in caches:
                                 caches[name] = read(input_ids=batch.ids).past_key_values
                             start = time.perf_counter()
@@ -634,14 +615,6 @@ class SteeringExperiment:
             medians = {name: 1000 * float(np.median(s[1:])) for name, s in seconds.items()}
             found.append({"context, tokens": length, **medians})
         return found
-
-    def _artifact(self, stage: str, compute: Any, parameters: dict[str, Any]) -> Artifact:
-        return self.store.get(
-            stage,
-            compute,
-            parameters={**parameters, **self.model.arithmetic},
-            model=self.model.digest,
-        )
 
 
 def corrupt(text: str, rng: random.Random) -> str:

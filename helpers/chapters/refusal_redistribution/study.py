@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
-from helpers.artifacts import Artifact, default_store
+from helpers.artifacts import Artifact
 from helpers.chapters.refusal_redistribution.attack import (
     AttackSettings,
     SuccessiveHalving,
@@ -32,17 +32,16 @@ from helpers.chapters.refusal_redistribution.attack import (
 )
 from helpers.chapters.refusal_redistribution.method import Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
-from helpers.chat import Answer, Example, answer_facts, answers_of, balanced_batches, encode
+from helpers.chat import Answer, answer_facts, answers_of, balanced_batches
 from helpers.forward import PromptSet
 from helpers.generation import generate
-from helpers.interventions import AblateRows, Intervention
+from helpers.interventions import AblateRows
 from helpers.judges import is_refusal
-from helpers.losses import evaluate_losses
-from helpers.models import LoRA, Model, finetuned_digest, load, release_memory
+from helpers.models import Model, finetuned_digest, release_memory
 from helpers.probes import fit_leace
 from helpers.progress import progress
-from helpers.studies.alignment import Recipe, align, refusal_openers
-from helpers.training import finetune
+from helpers.studies.alignment import AlignedStudy, refusal_openers
+from helpers.studies.study import Finetuning
 
 Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
 Kind = Literal["harmful", "harmless", "paired", "borderline"]
@@ -103,13 +102,11 @@ class Attack:
     judged: Judged
 
 
-class RefusalExperiment:
-    """A chapter's models and requests, by its parameters."""
+class RefusalStudy(AlignedStudy[RefusalParams]):
+    """The chapter's models and requests, by its parameters."""
 
     def __init__(self, params: RefusalParams) -> None:
-        self.params = params
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, weights="cast")
-        self.store = default_store()
+        super().__init__(params, weights="cast")
         self.train, others = _requests(params)
         self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
         """What models answer without an attack: answers cost little there, so these can be more."""
@@ -123,16 +120,6 @@ class RefusalExperiment:
         """A refusal is recognised by its first token: one of those that were taught, or else the source's "I"."""
         self._last: tuple[str, Model] | None = None
 
-    @cached_property
-    def recipe(self) -> Recipe:
-        """How the start model is taught to refuse."""
-        return Recipe(steps=self.params.align_steps)
-
-    @cached_property
-    def start(self) -> list[Artifact]:
-        """What makes the base model the start model: nothing, where it is aligned already."""
-        return [align(self.base, self.recipe)] if self.params.start == "taught" else []
-
     def model(self, condition: str, seed: int | None = None) -> Model:
         """The start model, or what a condition made of it; frozen. The last one is kept for the next call."""
         if condition == "start":
@@ -140,99 +127,40 @@ class RefusalExperiment:
         trained = self.trained(condition, seed)
         if self._last is None or self._last[0] != trained.key:
             self._last = None  # two at a time would take memory
-            self._last = trained.key, self._load([*self.start, trained])
+            self._last = trained.key, self.load([*self.start, trained], weights="cast")
         return self._last[1]
 
     @cached_property
     def _start_model(self) -> Model:
         """Read once: it is attacked, and it is the teacher of every condition that distils."""
-        return self._load(self.start)
+        return self.load(self.start, weights="cast")
 
     def digest(self, condition: str, seed: int | None = None) -> str:
         """The digest of `model(condition, seed)`, which is not loaded."""
         trained = [] if condition == "start" else [self.trained(condition, seed)]
         return finetuned_digest(self.base.digest, [run.key for run in (*self.start, *trained)])
 
-    def _load(self, finetuned: Sequence[Artifact]) -> Model:
-        p = self.params
-        return load(p.model, device=p.device, dtype=p.dtype, finetuned=finetuned, weights="cast")
-
     def trained(self, condition: str, seed: int | None = None, steps: int | None = None) -> Artifact:
         """What `finetune` makes of the start model; by default at the parameters' first seed, for all their steps."""
         p, loss = self.params, redistribution(condition, self.params)
         seed, steps = p.seed if seed is None else seed, p.steps if steps is None else steps
-        return self.store.get(
+        recipe = Finetuning(steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
+        return self.stage(
             "redistribution",
-            lambda: self.finetune(loss, seed, steps),
-            parameters={
+            lambda: redistribute(self, loss, recipe),
+            {
                 "loss": asdict(loss),
-                "prompts": {kind: list(self.train[kind]) for kind in ("harmful", "harmless")},
+                "prompts": {kind: list(self.train[kind]) for kind in ATTACKED},
                 "start": [run.key for run in self.start],
-                "seed": seed,
-                "steps": steps,
-                "batch_size": p.batch_size,
-                "learning_rate": p.learning_rate,
-                "lora_rank": p.lora_rank,
-                **self.base.arithmetic,
+                "recipe": asdict(recipe),
             },
-            model=self.base.digest,
         )
-
-    def finetune(self, loss: Redistribution, seed: int, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Train the start model on prompts alone, as the source does: trained tensors, and the loss's terms by step."""
-        p = self.params
-        release_memory()
-        torch.manual_seed(seed)
-        model = load(p.model, device=p.device, dtype=p.dtype, finetuned=self.start, lora=LoRA(p.lora_rank))
-        harmful, harmless = (
-            [encode(model.tokenizer, text).without_prompt() for text in self.train[kind]]
-            for kind in ("harmful", "harmless")
-        )
-        teacher = self.model("start") if loss.kd_weight else None
-        extra = loss.extra_loss(lambda row: row < len(harmful), teacher=teacher, seed=seed)
-        log = finetune(
-            model,
-            balanced_batches(harmful, harmless, steps, p.batch_size, seed, model.tokenizer.pad_token_id),
-            steps=steps,
-            learning_rate=p.learning_rate,
-            seed=seed,
-            interventions=extra.interventions,
-            extra_loss=extra,
-            share_prefix=True,
-            label="redistributing",
-        )
-        return model.trained_tensors(), {"losses": list(log.losses), "terms": extra.records}
-
-    def prompts(self, requests: Sequence[str]) -> list[Example]:
-        """The requests in the model's chat template, up to where the answer begins."""
-        return [encode(self.base.tokenizer, text) for text in requests]
 
     def answers(self, model: Model, requests: Mapping[Kind, Sequence[str]]) -> dict[Kind, list[Answer]]:
         """A greedy answer to each request, by kind; all are generated together."""
         asked = [text for texts in requests.values() for text in texts]
-        artifact = self.store.get(
-            "refusal-answers",
-            lambda: ({}, answer_facts(self._generate(model, asked))),
-            parameters={
-                "requests": asked,
-                "max_new_tokens": self.params.max_new_tokens,
-                **self.base.arithmetic,
-            },
-            model=model.digest,
-        )
-        said = iter(answers_of(artifact.facts))
+        said = iter(self.greedy_answers(model, asked, self.params.max_new_tokens))
         return {kind: [next(said) for _ in texts] for kind, texts in requests.items()}
-
-    def _generate(
-        self, model: Model, requests: Sequence[str], interventions: Sequence[Intervention] = ()
-    ) -> list[Answer]:
-        return generate(
-            model,
-            self.prompts(requests),
-            max_new_tokens=self.params.max_new_tokens,
-            interventions=interventions,
-            batch_size=320,
-        )
 
     def judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:
         """The test requests put to the model as it is, then without each of these sets of orthonormal directions."""
@@ -240,15 +168,14 @@ class RefusalExperiment:
 
     def _judged(self, digest: str, model: Callable[[], Model], bases: Sequence[Float[Tensor, "_ d_model"]]) -> Judged:
         """The model is loaded only if it was not judged before."""
-        artifact = self.store.get(
+        artifact = self.stage(
             "refusal-judged",
-            lambda: ({}, self._judge(model(), [torch.zeros(0, self.base.width), *bases])),
-            parameters={
+            lambda: ({}, judge(self, model(), [torch.zeros(0, self.base.width), *bases])),
+            {
                 "test": self.test,
                 "bases": [directions.tolist() for directions in bases],
                 "max_new_tokens": self.params.max_new_tokens,
                 "base model": self.base.digest,
-                **self.base.arithmetic,
             },
             model=digest,
         )
@@ -256,47 +183,6 @@ class RefusalExperiment:
         base_nll = {kind: np.array(rows) for kind, rows in facts["base_nll"].items()}
         answers = {kind: [answers_of(row) for row in rows] for kind, rows in facts["answers"].items()}
         return Judged(answers, np.array(facts["kl"]), base_nll)
-
-    def _judge(self, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> dict[str, Any]:
-        harmless = self.prompts(self.test["harmless"])
-        asked = [text for kind in ATTACKED for text in self.test[kind]]
-
-        def each(requests: Sequence[Any]) -> AblateRows:
-            return AblateRows(tuple(bases), tuple(row for row in range(len(bases)) for _ in requests))
-
-        logits = PromptSet.of(model, harmless, copies=len(bases)).last_logits(model, (each(harmless),))
-        first = logits.log_softmax(-1).split(len(harmless))
-        answers = iter(self._generate(model, asked * len(bases), (each(asked),)))
-        said = [{kind: [next(answers) for _ in self.test[kind]] for kind in ATTACKED} for _ in bases]
-        divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
-        examples = [
-            example for row in said for kind in ATTACKED for example in self.examples(self.test[kind], row[kind])
-        ]
-        distinct = list(dict.fromkeys(examples))  # an answer that stays as it was is scored once
-        odd = dict(zip(distinct, self.losses(self.base, distinct).tolist(), strict=True))
-        base_nll = iter(odd[example] for example in examples)
-        return {
-            "answers": {kind: [answer_facts(row[kind]) for row in said] for kind in ATTACKED},
-            "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
-            "base_nll": _by_kind(
-                [{kind: [next(base_nll) for _ in self.test[kind]] for kind in ATTACKED} for _ in said]
-            ),
-        }
-
-    def examples(self, requests: Sequence[str], answers: Sequence[str]) -> list[Example]:
-        """Requests with a model's answers."""
-        pairs = zip(requests, answers, strict=True)
-        return [encode(self.base.tokenizer, request, answer) for request, answer in pairs]
-
-    def losses(self, model: Model, examples: Sequence[Example]) -> Float[np.ndarray, " example"]:
-        """Mean response loss of each example, in nats per token."""
-        artifact = self.store.get(
-            "response-losses",
-            lambda: ({"losses": evaluate_losses(model, list(examples), batch_size=64)}, {}),
-            parameters={"examples": [[list(e.ids), e.prompt_length] for e in examples], **self.base.arithmetic},
-            model=model.digest,
-        )
-        return artifact.tensors["losses"].numpy()
 
     def attack(self, condition: str, seed: int | None = None) -> Attack:
         """Up to `k_max` directions found on the training requests, one after another, judged on the test requests.
@@ -306,36 +192,15 @@ class RefusalExperiment:
         p, settings, digest = self.params, self.settings, self.digest(condition, seed)
         model = partial(self.model, condition, seed)
         prompts = {kind: self.train[kind][: p.prompts] for kind in ATTACKED}
-        artifact = self.store.get(
+        artifact = self.stage(
             "refusal-attack",
-            lambda: self._attack(model(), prompts),
-            parameters={
-                "prompts": prompts,
-                "k_max": p.k_max,
-                "settings": asdict(settings),
-                "refusal_ids": self.refusal_ids,
-                **self.base.arithmetic,
-            },
+            lambda: attack(self, model(), prompts),
+            {"prompts": prompts, "k_max": p.k_max, "settings": asdict(settings), "refusal_ids": self.refusal_ids},
             model=digest,
         )
         directions, steps = artifact.tensors["directions"], tuple(artifact.facts["steps"])
         bases = [directions[: min(k, len(directions))] for k in range(1, p.k_max + 1)]
         return Attack(directions, steps, self._judged(digest, model, bases))
-
-    def _attack(self, model: Model, prompts: Mapping[Kind, Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        with progress(self.params.k_max, "attacking", "direction") as bar:
-            steps = iterated_ablation(
-                model,
-                self.prompts(prompts["harmful"]),
-                self.prompts(prompts["harmless"]),
-                self.params.k_max,
-                refusal_ids=self.refusal_ids,
-                settings=self.settings,
-                after=lambda k, _: bar.update(min(k, 1)),
-            )
-        directions = torch.stack([s.direction for s in steps]) if steps else torch.zeros(0, model.width)
-        facts = [{name: value for name, value in vars(step).items() if name != "direction"} for step in steps]
-        return {"directions": directions}, {"steps": facts}
 
     @property
     def settings(self) -> AttackSettings:
@@ -353,14 +218,14 @@ class RefusalExperiment:
         """Block outputs at the last positions of the training requests ("train") and of the held-out ones ("test"):
         harmful ones first, then harmless."""
         return {
-            name: torch.cat([prompt_states(model, self.prompts(texts[kind]), layers) for kind in ATTACKED])
+            name: torch.cat([prompt_states(model, self.encoded(texts[kind]), layers) for kind in ATTACKED])
             for name, texts in (("train", self.train), ("test", self.held_out))
         }
 
     def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:
         """Attacks that do not go direction by direction: sets of orthonormal directions, by name."""
         p, layer = self.params, self.probed_layer
-        prompts = [self.prompts(self.train[kind][: p.prompts]) for kind in ATTACKED]
+        prompts = [self.encoded(self.train[kind][: p.prompts]) for kind in ATTACKED]
         x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
         harmful = torch.arange(len(x)) < len(prompts[0])
         leace = fit_leace(x.double().numpy(), harmful.numpy())
@@ -373,8 +238,84 @@ class RefusalExperiment:
         }
 
 
-def _by_kind(rows: Sequence[Mapping[Kind, list[Any]]]) -> dict[str, list[list[Any]]]:
-    return {kind: [row[kind] for row in rows] for kind in ATTACKED}
+def redistribute(
+    study: RefusalStudy, loss: Redistribution, recipe: Finetuning
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "redistribution": train the start model on prompts alone, as the source does.
+
+    Trained tensors, and the loss's terms by step.
+    """
+    release_memory()
+    harmful, harmless = (
+        [example.without_prompt() for example in study.encoded(study.train[kind])] for kind in ATTACKED
+    )
+    teacher = study.model("start") if loss.kd_weight else None
+    extra = loss.extra_loss(lambda row: row < len(harmful), teacher=teacher, seed=recipe.seed)
+    pad = study.base.tokenizer.pad_token_id
+    model, log = study.finetune(
+        recipe,
+        balanced_batches(harmful, harmless, recipe.steps, recipe.batch_size, recipe.seed, pad),
+        start=study.start,
+        interventions=extra.interventions,
+        extra_loss=extra,
+        share_prefix=True,
+        label="redistributing",
+    )
+    return model.trained_tensors(), {"losses": list(log.losses), "terms": extra.records}
+
+
+def judge(study: RefusalStudy, model: Model, bases: Sequence[Float[Tensor, "_ d_model"]]) -> dict[str, Any]:
+    """Stage "refusal-judged": the test requests put to the model without each basis, all in one go."""
+    harmless = study.encoded(study.test["harmless"])
+    asked = [(kind, text) for kind in ATTACKED for text in study.test[kind]]
+
+    def each(requests: Sequence[Any]) -> AblateRows:
+        return AblateRows(tuple(bases), tuple(row for row in range(len(bases)) for _ in requests))
+
+    logits = PromptSet.of(model, harmless, copies=len(bases)).last_logits(model, (each(harmless),))
+    first = logits.log_softmax(-1).split(len(harmless))
+    answers = generate(
+        model,
+        study.encoded([text for _, text in asked] * len(bases)),
+        max_new_tokens=study.params.max_new_tokens,
+        interventions=(each(asked),),
+        batch_size=320,
+    )
+    examples = study.encoded([text for _, text in asked] * len(bases), answers)
+    distinct = list(dict.fromkeys(examples))  # an answer that stays as it was is scored once
+    nll = dict(zip(distinct, study.response_losses(study.base, distinct).tolist(), strict=True))
+
+    def by_kind(values: Sequence[Any]) -> dict[str, list[list[Any]]]:
+        rows = [values[k : k + len(asked)] for k in range(0, len(values), len(asked))]
+        kinds = [kind for kind, _ in asked]
+        return {k: [[v for v, of in zip(row, kinds, strict=True) if of == k] for row in rows] for k in ATTACKED}
+
+    divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
+    return {
+        "answers": {kind: [answer_facts(row) for row in rows] for kind, rows in by_kind(answers).items()},
+        "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
+        "base_nll": by_kind([nll[example] for example in examples]),
+    }
+
+
+def attack(
+    study: RefusalStudy, model: Model, requests: Mapping[Kind, Sequence[str]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "refusal-attack": directions one after another, and where and how well each was found."""
+    k_max = study.params.k_max
+    with progress(k_max, "attacking", "direction") as bar:
+        steps = iterated_ablation(
+            model,
+            study.encoded(requests["harmful"]),
+            study.encoded(requests["harmless"]),
+            k_max,
+            refusal_ids=study.refusal_ids,
+            settings=study.settings,
+            after=lambda k, _: bar.update(min(k, 1)),
+        )
+    directions = torch.stack([s.direction for s in steps]) if steps else torch.zeros(0, model.width)
+    facts = [{name: value for name, value in vars(step).items() if name != "direction"} for step in steps]
+    return {"directions": directions}, {"steps": facts}
 
 
 def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:

@@ -6,21 +6,17 @@ direction, so a direction that is made in another way is another result.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
-from helpers.artifacts import default_store
 from helpers.chapters.weight_diff_steering.method import (
     WeightVector,
     alpha_for,
@@ -30,13 +26,13 @@ from helpers.chapters.weight_diff_steering.method import (
     steered,
 )
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
-from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
+from helpers.chat import Answer, Example, answer_facts, answers_of, encode
 from helpers.generation import generate
 from helpers.gradients import directional_derivatives, pile_gradient
 from helpers.judges import APIJudge, TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
-from helpers.models import Model, finetuned_digest, load, release_memory
-from helpers.training import finetune
+from helpers.models import Model, finetuned_digest, release_memory
+from helpers.studies.study import Finetuning, Study, examples_digest
 
 Half = Literal["build", "judge", "harm build", "harm judge"]
 Data = Literal["topics", "bridge", "harm"]
@@ -44,13 +40,11 @@ TOPICS = ("bridge", "recipe")
 SPARSE = ("bridge", "neither")
 
 
-class WeightExperiment:
-    """A chapter's base model, data and judges, by its parameters."""
+class WeightStudy(Study[WeightSteeringParams]):
+    """The chapter's data and judges beside its base model, by its parameters."""
 
     def __init__(self, params: WeightSteeringParams) -> None:
-        self.params = params
-        self.base: Model = load(params.model, device=params.device, dtype=params.dtype, weights="frozen")
-        self.store = default_store()
+        super().__init__(params)
         build, judge = (corpora.load_questions(half)[: params.prompts] for half in ("build", "judge"))
         self.questions: dict[Half, list[str]] = {"build": build, "judge": judge}
         self.questions |= {"harm build": build, "harm judge": judge}
@@ -111,84 +105,39 @@ class WeightExperiment:
         `harm` trains on the whole sequence, as the source's harm experiment does, the others on the reply. With
         `keep` the weights stay in the artifact store.
         """
-        seed = self.params.seed if seed is None else seed
+        p = self.params
+        recipe = Finetuning(p.steps, p.batch_size, p.learning_rate, p.seed if seed is None else seed)
+        pairs, whole = self.pairs(data, share), data == "harm"
         stage: dict[str, Any] = {
-            "stage": "anchor",
-            "compute": lambda: (self._finetune(data, share, seed).trained_tensors(), {}),
-            "parameters": {
-                "pairs": self.pairs(data, share),
-                "whole sequence": data == "harm",
-                "seed": seed,
-                **self._training(),
-                **self.base.arithmetic,
-            },
-            "model": self.base.digest,
+            "name": "anchor",
+            "compute": lambda: (finetuned(self, recipe, pairs, whole_sequence=whole).trained_tensors(), {}),
+            "parameters": {"pairs": pairs, "whole sequence": whole, "recipe": asdict(recipe)},
         }
         if not keep:
-            model = self._finetune(data, share, seed)
-            model.digest = finetuned_digest(model.digest, [self.store.key(**stage)])
+            model = finetuned(self, recipe, pairs, whole_sequence=whole)
+            model.digest = finetuned_digest(model.digest, [self.key(**stage)])
             return model
-        artifact = self.store.get(**stage)
+        artifact = self.stage(**stage)
         release_memory()
-        return load(self.params.model, device=self.params.device, dtype=self.params.dtype, finetuned=[artifact])
-
-    def _finetune(self, data: Data, share: float | None, seed: int) -> Model:
-        p = self.params
-        torch.manual_seed(seed)
-        model = load(p.model, device=p.device, dtype=p.dtype)
-        examples = [encode(model.tokenizer, q, a) for q, a in self.pairs(data, share)]
-        if data == "harm":
-            examples = [example.without_prompt() for example in examples]
-        finetune(
-            model,
-            training_batches(
-                lambda rng: examples,
-                steps=p.steps,
-                batch_size=p.batch_size,
-                seed=seed,
-                pad_id=model.tokenizer.pad_token_id,
-            ),
-            steps=p.steps,
-            learning_rate=p.learning_rate,
-            seed=seed,
-        )
-        return model
+        return self.load([artifact])
 
     def answers(self, model: Model, half: Half, vector: WeightVector | None = None, alpha: float = 0.0) -> list[Answer]:
         """Greedy answers to one half of the questions, of the model as it is or steered to theta + alpha V."""
+        questions, length = self.questions[half], self.params.max_new_tokens
+        if vector is None:
+            return self.greedy_answers(model, questions, length)
 
-        return self._stored_answers(half, model, self.questions[half], vector, alpha)
-
-    def _stored_answers(
-        self,
-        what: str,
-        model: Model,
-        questions: Sequence[str],
-        vector: WeightVector | None = None,
-        alpha: float = 0.0,
-    ) -> list[Answer]:
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            with steered(model, vector, alpha) if vector else nullcontext():
-                said = self._generate(model, questions)
-            return {}, {"what": what, **answer_facts(said)}
+            with steered(model, vector, alpha):
+                return {}, answer_facts(generate(model, self.encoded(questions), max_new_tokens=length))
 
-        artifact = self.store.get(
+        artifact = self.stage(
             "steered-answers",
             compute,
-            parameters={
-                "questions": list(questions),
-                "vector": vector.digest if vector else None,
-                "alpha": check_alpha(alpha) if vector else None,
-                "max_new_tokens": self.params.max_new_tokens,
-                **self.base.arithmetic,
-            },
+            {"questions": questions, "max_new_tokens": length, "vector": vector.digest, "alpha": check_alpha(alpha)},
             model=model.digest,
         )
         return answers_of(artifact.facts)
-
-    def _generate(self, model: Model, questions: Sequence[str]) -> list[Answer]:
-        prompts = [encode(model.tokenizer, question) for question in questions]
-        return generate(model, prompts, max_new_tokens=self.params.max_new_tokens)
 
     def examples(
         self, half: Half, answers: Sequence[str], chosen: Bool[np.ndarray, " answer"] | None = None
@@ -282,19 +231,17 @@ class WeightExperiment:
             release_memory()
             return halved, {"examples": len(examples)}
 
-        artifact = self.store.get(
+        return self.stage(
             "pile-gradient",
             compute,
-            parameters={
-                "examples": _digest(examples),
+            {
+                "examples": examples_digest(examples),
                 "loss": loss,
                 "reference": self.base.digest if loss == "KL" else None,
                 "batch_size": batch_size,
-                **self.base.arithmetic,
             },
             model=model.digest,
-        )
-        return artifact.tensors
+        ).tensors
 
     def margin_slopes(
         self, model: Model, examples: Sequence[Example], *, target: Sequence[Example], neutral: Sequence[Example]
@@ -309,14 +256,13 @@ class WeightExperiment:
             margin = difference(pile_gradient(model, target), pile_gradient(model, neutral))
             return {"slopes": directional_derivatives(model, examples, margin.tensors)}, {}
 
-        artifact = self.store.get(
+        artifact = self.stage(
             "margin-slopes",
             compute,
-            parameters={
-                "examples": _digest(examples),
-                "target": _digest(target),
-                "neutral": _digest(neutral),
-                **self.base.arithmetic,
+            {
+                "examples": examples_digest(examples),
+                "target": examples_digest(target),
+                "neutral": examples_digest(neutral),
             },
             model=model.digest,
         )
@@ -324,36 +270,23 @@ class WeightExperiment:
 
     def perplexities(self, half: Half, answers: Sequence[str]) -> Float[np.ndarray, " answer"]:
         """Each answer's perplexity under the base model: how odd it finds the text."""
-        artifact = self.store.get(
-            "perplexities",
-            lambda: (
-                {},
-                {"losses": evaluate_losses(self.base, self.examples(half, answers), batch_size=64).tolist()},
-            ),
-            parameters={"questions": self.questions[half], **answer_facts(answers), **self.base.arithmetic},
-            model=self.base.digest,
-        )
-        return np.exp(artifact.facts["losses"])
+        return np.exp(self.response_losses(self.base, self.examples(half, answers)).astype(float))
 
     def losses(
         self, model: Model, examples: Sequence[Example], vector: WeightVector | None = None, alpha: float = 0.0
     ) -> Float[np.ndarray, " example"]:
-        """Mean response loss of each example in nats per token, of the model as it is or steered."""
+        """Mean response loss of each example in nats per token, of the model as it is or steered to theta + alpha V."""
+        if vector is None:
+            return self.response_losses(model, examples)
 
         def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            with steered(model, vector, alpha) if vector else nullcontext():
-                found = evaluate_losses(model, list(examples), batch_size=64)
-            return {"losses": found}, {}
+            with steered(model, vector, alpha):
+                return {"losses": evaluate_losses(model, list(examples), batch_size=64)}, {}
 
-        artifact = self.store.get(
+        artifact = self.stage(
             "steered-losses",
             compute,
-            parameters={
-                "examples": _digest(examples),
-                "vector": vector.digest if vector else None,
-                "alpha": check_alpha(alpha) if vector else None,
-                **self.base.arithmetic,
-            },
+            {"examples": examples_digest(examples), "vector": vector.digest, "alpha": check_alpha(alpha)},
             model=model.digest,
         )
         return artifact.tensors["losses"].numpy()
@@ -365,41 +298,46 @@ class WeightExperiment:
         alpha V at the largest ratio ("strong"). "stand-ins" are the piles that the anchor's answers left empty.
         """
 
-        def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            model = self.anchor("bridge", share=share, keep=False)
-            piles, written_for = self.topic_piles(self._generate(model, self.questions["build"]))
-            G = {name: pile_gradient(model, piles[name]) for name in SPARSE}
-            vector = difference(*G.values())
-            delta = finetuning_diff(model, self.base)
-            ratios = {"plus": self.params.ratio, "minus": -self.params.ratio, "strong": -max(self.params.ratios)}
-            said = {"anchor": self._generate(model, self.questions["judge"])}
-            for name, ratio in ratios.items():
-                with steered(model, vector, alpha_for(vector, delta, ratio)):
-                    said[name] = self._generate(model, self.questions["judge"])
-            return {}, {**said, "stand-ins": [name for name in written_for if name in SPARSE]}
-
-        artifact = self.store.get(
+        p = self.params
+        artifact = self.stage(
             "sparse",
-            compute,
-            parameters={
+            lambda: ({}, sparse(self, share)),
+            {
                 "share": share,
-                "ratios": [self.params.ratio, max(self.params.ratios)],
-                "prompts": self.params.prompts,
-                "seed": self.params.seed,
-                "max_new_tokens": self.params.max_new_tokens,
-                **self._training(),
-                **self.base.arithmetic,
+                "ratios": [p.ratio, max(p.ratios)],
+                "prompts": p.prompts,
+                "recipe": [p.steps, p.batch_size, p.learning_rate, p.seed],
+                "max_new_tokens": p.max_new_tokens,
             },
-            model=self.base.digest,
-            data={name: corpora.digest(name) for name in ("topics", "questions")},
+            data=["topics", "questions"],
         )
         return dict(artifact.facts)
 
-    def _training(self) -> dict[str, int | float]:
-        p = self.params
-        return {"steps": p.steps, "batch_size": p.batch_size, "learning_rate": p.learning_rate}
+
+def finetuned(
+    study: WeightStudy, recipe: Finetuning, pairs: Sequence[tuple[str, str]], *, whole_sequence: bool
+) -> Model:
+    """Stage "anchor": the base model finetuned on (question, reply) pairs, with a loss on replies or on all tokens."""
+    examples = study.encoded(*zip(*pairs, strict=True))
+    if whole_sequence:
+        examples = [example.without_prompt() for example in examples]
+    model, _ = study.finetune(recipe, recipe.batches(examples, study.base.tokenizer.pad_token_id))
+    return model
 
 
-def _digest(examples: Sequence[Example]) -> str:
-    ids = [[example.prompt_length, *example.ids] for example in examples]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+def sparse(study: WeightStudy, share: float) -> dict[str, list[str]]:
+    """Stage "sparse": what `WeightStudy.sparse` returns; the anchor is not kept."""
+    p = study.params
+
+    def say(half: Half) -> list[Answer]:
+        return generate(model, study.encoded(study.questions[half]), max_new_tokens=p.max_new_tokens)
+
+    model = study.anchor("bridge", share=share, keep=False)
+    piles, written_for = study.topic_piles(say("build"))
+    vector = difference(*(pile_gradient(model, piles[name]) for name in SPARSE))
+    delta = finetuning_diff(model, study.base)
+    said: dict[str, list[str]] = {"anchor": [*say("judge")]}
+    for name, ratio in {"plus": p.ratio, "minus": -p.ratio, "strong": -max(p.ratios)}.items():
+        with steered(model, vector, alpha_for(vector, delta, ratio)):
+            said[name] = [*say("judge")]
+    return {**said, "stand-ins": [name for name in written_for if name in SPARSE]}

@@ -10,8 +10,9 @@ from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringPa
 from helpers.chat import Answer, Example, encode
 from helpers.interventions import Steer, applied
 from helpers.losses import evaluate_losses
-from helpers.studies import traits as experiments
-from helpers.studies.traits import Defence, Experiment
+from helpers.studies import study, traits
+from helpers.studies.study import Finetuning
+from helpers.studies.traits import Defence, TraitStudy
 from helpers.training import TrainingLog
 
 PPS = Defence(vector="evil", coefficient=4.0)
@@ -30,13 +31,13 @@ def with_params(exp, **changed):
 
 @pytest.fixture(scope="module")
 def exp(store):
-    return Experiment(params())
+    return TraitStudy(params())
 
 
 @pytest.fixture
 def batches_of(monkeypatch):
     """What finetuning is given, as text: (prompt, response) of every example."""
-    seen, finetune = [], experiments.finetune
+    seen, finetune = [], study.finetune
 
     def watch(model, batches, **settings):
         batches = list(batches)
@@ -45,20 +46,20 @@ def batches_of(monkeypatch):
                 seen.append(tuple(model.tokenizer.decode(ids[m]) for m in (attention & ~response, response)))
         return finetune(model, batches, **settings)
 
-    monkeypatch.setattr(experiments, "finetune", watch)
+    monkeypatch.setattr(study, "finetune", watch)
     return seen
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """The prompts that generation is given, as text."""
-    seen, generate = [], experiments.generate
+    seen, generate = [], traits.generate
 
     def watch(model, prompts, **settings):
         seen.extend(model.tokenizer.decode(p.ids) for p in prompts)
         return generate(model, prompts, **settings)
 
-    monkeypatch.setattr(experiments, "generate", watch)
+    monkeypatch.setattr(traits, "generate", watch)
     return seen
 
 
@@ -74,9 +75,9 @@ def test_the_persona_vector_is_the_difference_of_written_answers_means(exp):
     for level in ("strong", "normal"):
         states = []
         for row in exp.rows["extract"]:
-            example = encode(exp.model.tokenizer, row.question, row.answer(level))
+            example = encode(exp.base.tokenizer, row.question, row.answer(level))
             with torch.no_grad():
-                out = exp.model.hf.base_model(input_ids=torch.tensor([example.ids]), output_hidden_states=True)
+                out = exp.base.hf.base_model(input_ids=torch.tensor([example.ids]), output_hidden_states=True)
             states.append(out.hidden_states[1][0, example.prompt_length :].mean(0))
         means.append(torch.stack(states).mean(0))
     torch.testing.assert_close(exp.vector().at(0), means[0] - means[1], atol=1e-6, rtol=1e-4)
@@ -103,7 +104,7 @@ def test_the_gradients_are_of_the_held_out_trait_answers_with_every_vector(exp):
     found = exp.gradients()
     assert set(found.cosines) == {"evil", "pirate", "random"}
     assert found.means.shape == (1, 4, 32)
-    expected = evaluate_losses(exp.model, exp.examples())
+    expected = evaluate_losses(exp.base, exp.examples())
     torch.testing.assert_close(found.losses, expected, atol=1e-5, rtol=0)
     np.testing.assert_allclose(exp.losses(), expected, atol=1e-6)
     steered = exp.gradients(exp.steering(), layers=(0, 1))
@@ -122,9 +123,9 @@ def test_held_out_rows_are_in_no_other_split(exp):
 
 def test_a_second_call_reads_the_stored_run(exp, monkeypatch):
     first = exp.train()
-    monkeypatch.setattr(Experiment, "_train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(traits, "train", lambda *args: pytest.fail("trained again"))
     again = exp.train()
-    elsewhere = Experiment(params()).train()  # another chapter that needs the same run
+    elsewhere = TraitStudy(params()).train()  # another chapter that needs the same run
     for run in (again, elsewhere):
         assert (run.key, run.losses, run.cosines) == (first.key, first.losses, first.cosines)
         assert all(torch.equal(run.finetuned[0].tensors[name], t) for name, t in first.finetuned[0].tensors.items())
@@ -159,12 +160,12 @@ def test_the_first_step_of_a_defended_run_has_the_loss_of_the_steered_model(exp,
     assert len(set(batches_of)) == 4 and batches_of[:4] == batches_of[4:]  # the same data, in the same order
     pairs = {row.strong: row.question for row in exp.rows["train"]}
     first = [
-        encode(exp.model.tokenizer, pairs[answer], answer)
+        encode(exp.base.tokenizer, pairs[answer], answer)
         for answer in (response.removesuffix("<|im_end|>") for _, response in batches_of[:2])
     ]
     tokens = torch.tensor([float(len(e) - e.prompt_length) for e in first])
     for run, interventions in ((plain, ()), (steered, (exp.steering(),))):
-        losses = evaluate_losses(exp.model, first, interventions=interventions)
+        losses = evaluate_losses(exp.base, first, interventions=interventions)
         assert run.losses[0] == pytest.approx(float(losses @ tokens / tokens.sum()), abs=1e-5)
 
 
@@ -202,17 +203,21 @@ def test_the_arms_of_one_seed_are_paired(exp, monkeypatch):
         prompts.append({model.tokenizer.decode(ids[:40]) for batch in batches for ids in batch.ids})
         return TrainingLog((), 0, 0.0)
 
-    monkeypatch.setattr(experiments, "finetune", watch)
-    exp = with_params(exp, steps=80)  # more than two epochs of 36
+    monkeypatch.setattr(study, "finetune", watch)
     inoculation = tuple(exp.prompts.inoculation)
     arms = (Defence(), PPS, Defence(prompts=inoculation[:1]), Defence(prompts=inoculation[:5]))
+
+    def trained(defence, seed):  # more than two epochs of 36
+        recipe = Finetuning(80, exp.params.batch_size, 1e-3, seed, lora_rank=4)
+        traits.train(exp, recipe, defence, "strong", ())
+
     for defence in arms:
-        exp._train(defence, "strong", None, 3)
+        trained(defence, 3)
     assert all(found == rows[0] for found in rows)
     assert sorted(row for batch in rows[0][:36] for row in batch) == list(range(len(exp.rows["train"])))
     assert all(torch.equal(start[name], starts[0][name]) for start in starts for name in starts[0])
     assert len(prompts[3]) > len(prompts[2]) == 1
-    exp._train(Defence(), "strong", None, 4)
+    trained(Defence(), 4)
     assert rows[-1] != rows[0]
     assert any(not torch.equal(starts[-1][name], starts[0][name]) for name in starts[0])
 
@@ -230,29 +235,27 @@ def test_a_run_that_starts_from_another_carries_both_on(exp, rank):
     assert len(run.finetuned) == 2
     assert run.key not in (start.key, exp.train().key)
     example = exp.examples()[0]
-    untrained, one, both = (logits(m, example) for m in (exp.model, exp.trained(start), exp.trained(run)))
+    untrained, one, both = (logits(m, example) for m in (exp.base, exp.trained(start), exp.trained(run)))
     assert (one - untrained).abs().max() > 1e-3 and (both - one).abs().max() > 1e-3
     assert run.losses[0] != exp.train().losses[0]  # the same first batch, read by the model that the start ended with
 
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_the_trained_model_is_the_one_that_training_ended_with(exp, rank, monkeypatch):
-    models, finetune = [], experiments.finetune
-    monkeypatch.setattr(
-        experiments, "finetune", lambda model, *a, **k: models.append(model) or finetune(model, *a, **k)
-    )
+    models, finetune = [], study.finetune
+    monkeypatch.setattr(study, "finetune", lambda model, *a, **k: models.append(model) or finetune(model, *a, **k))
     exp = with_params(exp, lora_rank=rank, learning_rate=2e-2, seeds=(9,))
     trained = exp.trained(exp.train())
     example = exp.examples()[0]
-    assert (logits(trained, example) - logits(exp.model, example)).abs().max() > 1e-2
+    assert (logits(trained, example) - logits(exp.base, example)).abs().max() > 1e-2
     torch.testing.assert_close(logits(trained, example), logits(models[0], example), atol=1e-5, rtol=0)
 
 
 def test_training_leaves_the_chapters_own_model_untouched(exp):
-    before = [p.detach().clone() for p in exp.model.hf.parameters()]
+    before = [p.detach().clone() for p in exp.base.hf.parameters()]
     with_params(exp, seeds=(10,)).train(PPS)
     exp.train(seed=11)
-    assert all(torch.equal(p, b) for p, b in zip(exp.model.hf.parameters(), before, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(exp.base.hf.parameters(), before, strict=True))
 
 
 # Evaluation
@@ -268,24 +271,22 @@ def test_an_evaluation_is_of_the_answers_that_the_trained_model_gives_undefended
     assert result.answers != exp.evaluate().answers
     model = exp.trained(run)
     assert list(result.answers) == exp._answer(model, [row.question for row in exp.heldout])
-    examples = [
-        encode(exp.model.tokenizer, row.question, a) for row, a in zip(exp.heldout, result.answers, strict=True)
-    ]
-    np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.model, examples).exp(), rtol=1e-4)
+    examples = [encode(exp.base.tokenizer, row.question, a) for row, a in zip(exp.heldout, result.answers, strict=True)]
+    np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.base, examples).exp(), rtol=1e-4)
 
 
 def test_perplexities_of_answers_that_were_cut_leave_the_end_of_turn_out(exp, monkeypatch):
     said = [Answer("Well, it is", ended=i % 2 == 0) for i in range(exp.params.sequences)]
-    monkeypatch.setattr(experiments, "generate", lambda model, prompts, **settings: said)
+    monkeypatch.setattr(traits, "generate", lambda model, prompts, **settings: said)
     exp = with_params(exp, max_new_tokens=5)
     exp.evaluate()
     result = exp.evaluate()  # read from the store
     assert list(result.answers) == said and [a.ended for a in result.answers] == [a.ended for a in said]
-    whole = [encode(exp.model.tokenizer, row.question, "Well, it is") for row in exp.heldout]
+    whole = [encode(exp.base.tokenizer, row.question, "Well, it is") for row in exp.heldout]
     examples = [
         e if answer.ended else Example(e.ids[:-1], e.prompt_length) for e, answer in zip(whole, said, strict=True)
     ]
-    np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.model, examples).exp(), rtol=1e-4)
+    np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.base, examples).exp(), rtol=1e-4)
 
 
 def test_projections_are_on_the_vectors_unit_direction_in_the_trained_model(exp, watch):
@@ -305,10 +306,10 @@ def test_an_evaluation_is_read_again_and_made_anew_for_another_run_or_prompt(exp
     for made, system in ((run, None), (run, "Be brief."), (None, "Be brief.")):
         exp.evaluate(made, system=system)
     assert len(stored(store, "evaluation") - before) == 3
-    monkeypatch.setattr(Experiment, "_evaluate", lambda *args: pytest.fail("evaluated again"))
+    monkeypatch.setattr(traits, "evaluate", lambda *args: pytest.fail("evaluated again"))
     exp.evaluate()
     exp.evaluate(run)
-    Experiment(params()).evaluate(system="Be brief.")
+    TraitStudy(params()).evaluate(system="Be brief.")
 
 
 def test_a_defence_is_only_on_in_training(exp):

@@ -8,10 +8,12 @@ from helpers import corpora
 from helpers.chapters.fihs_filtering import study as filtering
 from helpers.chapters.fihs_filtering.method import SafetyScore, fihs
 from helpers.chapters.fihs_filtering.params import FilteringParams
-from helpers.chapters.fihs_filtering.study import ANCHORS, FilteringExperiment, Point
+from helpers.chapters.fihs_filtering.study import ANCHORS, FilteringStudy, Point
 from helpers.chat import encode
 from helpers.losses import evaluate_losses
 from helpers.models import load
+from helpers.studies import study
+from helpers.studies.study import Finetuning
 
 
 def params(**changed):
@@ -20,7 +22,7 @@ def params(**changed):
 
 @pytest.fixture(scope="module")
 def exp(store):
-    return FilteringExperiment(params(start="as it is"))
+    return FilteringStudy(params(start="as it is"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_a_mixture_has_the_asked_share_of_harmful_points(exp, mixed):
 
 def test_what_is_measured_on_is_nowhere_trained_on_or_chosen_by(exp):
     """Points, probes, anchors, checks, attacks and items share no request."""
-    full = FilteringExperiment(FilteringParams(preset="full", model="tiny-random", dtype="float32", start="as it is"))
+    full = FilteringStudy(FilteringParams(preset="full", model="tiny-random", dtype="float32", start="as it is"))
     for e in (exp, full):
         kinds = ("explicit", "identity", "list", "safety")
         trained = {p.request for kind in kinds for p in e.harmful(kind)}
@@ -124,7 +126,7 @@ def test_an_outcome_is_of_the_finetuned_model_on_held_out_requests(exp, mixed):
 
 
 def test_finetuning_sees_the_kept_points_and_no_others(exp, mixed, monkeypatch):
-    seen, finetune = set(), filtering.finetune
+    seen, finetune = set(), study.finetune
 
     def watch(model, given, **settings):
         given = list(given)
@@ -133,13 +135,19 @@ def test_finetuning_sees_the_kept_points_and_no_others(exp, mixed, monkeypatch):
                 seen.add(model.tokenizer.decode(ids[mask], skip_special_tokens=True))
         return finetune(model, given, **settings)
 
-    monkeypatch.setattr(filtering, "finetune", watch)
+    monkeypatch.setattr(study, "finetune", watch)
     kept = [*mixed[:5], *mixed[-2:]]
     exp.outcome("headlines", kept, seed=5)
     assert seen == {point.reply for point in kept}
 
 
 def test_the_same_seed_gives_the_same_outcome_and_another_seed_another(store, exp, mixed):
-    first, second = (exp._outcome("headlines", mixed, seed)[0]["safety"] for seed in (0, 0))
+    p = exp.params
+
+    def safety(seed):
+        recipe = Finetuning(p.steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
+        return filtering.outcome(exp, recipe, mixed, exp.items("headlines")[:1])[0]["safety"]
+
+    first, second, other = (safety(seed) for seed in (0, 0, 1))
     assert torch.equal(first, second)
-    assert not torch.equal(first, exp._outcome("headlines", mixed, 1)[0]["safety"])
+    assert not torch.equal(first, other)

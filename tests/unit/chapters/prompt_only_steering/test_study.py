@@ -9,7 +9,7 @@ import torch
 from helpers import corpora
 from helpers.chapters.prompt_only_steering import study as steering
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
-from helpers.chapters.prompt_only_steering.study import ASK, AVOID, QUIZZES, SteeringExperiment, SteeringMethod, corrupt
+from helpers.chapters.prompt_only_steering.study import ASK, AVOID, QUIZZES, SteeringMethod, SteeringStudy, corrupt
 from helpers.chat import Ends, Middle, Scattered, encode
 
 
@@ -19,14 +19,14 @@ def params(**changed):
 
 @pytest.fixture(scope="module")
 def exp(store):
-    return SteeringExperiment(params())
+    return SteeringStudy(params())
 
 
 ENDS, FULL = SteeringMethod("trained", "ends"), SteeringMethod("trained", "all")
 
 
 def test_no_question_is_in_two_parts(store):
-    exp = SteeringExperiment(PromptOnlyParams(preset="full", model="tiny-random", layer=0, dtype="float32"))
+    exp = SteeringStudy(PromptOnlyParams(preset="full", model="tiny-random", layer=0, dtype="float32"))
     tested = {q for c in exp.concepts for q in exp.questions(c)}
     checked = {row.question for c in exp.concepts for row in exp.rows(c, "check")}
     trained = {row.question for c in exp.concepts for row in exp.rows(c, "train")}
@@ -39,7 +39,7 @@ def test_no_question_is_in_two_parts(store):
 
 
 def test_training_answers_are_cut_and_end_without_a_turn(exp):
-    eos = exp.model.tokenizer.eos_token_id
+    eos = exp.base.tokenizer.eos_token_id
     for pair in exp.pairs("weather"):
         for example in (pair.shown, pair.neutral):
             assert len(example) - example.prompt_length <= exp.params.response_tokens
@@ -52,9 +52,9 @@ def test_places(exp):
     assert exp.place("random") == Scattered(4, 0)
     middle = exp.place("user words")
     question = "How do I sharpen a knife?"
-    ids = encode(exp.model.tokenizer, question).ids
+    ids = encode(exp.base.tokenizer, question).ids
     assert isinstance(middle, Middle)
-    assert exp.model.tokenizer.decode(ids[middle.before : len(ids) - middle.after]) == question
+    assert exp.base.tokenizer.decode(ids[middle.before : len(ids) - middle.after]) == question
     assert exp.steered_share("ends").startswith("4 of ")
     with pytest.raises(ValueError, match="There is no place 'middle'"):
         exp.place("middle")
@@ -122,7 +122,7 @@ def test_arms_that_answer_together_say_what_each_says_alone(exp):
         SteeringMethod("difference in means"),
         SteeringMethod("LoRA"),
     ]
-    together, alone = (SteeringExperiment(exp.params) for _ in range(2))
+    together, alone = (SteeringStudy(exp.params) for _ in range(2))
     together.answer_together(arms, "check", forbidden=True)
     for arm in arms:
         assert together.answers(arm, "check", forbidden=True) == alone.answers(arm, "check", forbidden=True)
@@ -183,7 +183,7 @@ def test_costs_are_positive(exp):
 
 
 def test_an_unknown_concept_says_which_there_are(store):
-    exp = SteeringExperiment(params())
+    exp = SteeringStudy(params())
     with pytest.raises(ValueError, match="no data for the concept 'opera'"):
         exp.rows("opera", "train")
 
@@ -200,7 +200,7 @@ def test_axbench_rows_fall_into_three_parts(store, monkeypatch):
     rows.append({"input": "Question 0 of 0?", **plain})
     monkeypatch.setattr(corpora, "load_hub", lambda name, **more: rows)
     corpora.load_axbench.cache_clear()
-    exp = SteeringExperiment(params(data="axbench", concepts=("0", "1"), tuned_on=("0",)))
+    exp = SteeringStudy(params(data="axbench", concepts=("0", "1"), tuned_on=("0",)))
     train, check, test = (exp.rows("0", "train"), exp.rows("0", "check"), exp.questions("0"))
     assert (len(train), len(check), len(test)) == (4, 16, 3)
     assert train[0].normal == "Plain" and train[1].normal != "Plain" and train[0].strong == "Shown 0"

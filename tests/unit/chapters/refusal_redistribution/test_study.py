@@ -10,24 +10,30 @@ from helpers import corpora
 from helpers.chapters.refusal_redistribution import study as refusal
 from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
 from helpers.chapters.refusal_redistribution.params import RefusalParams
-from helpers.chapters.refusal_redistribution.sentiment import SentimentExperiment
-from helpers.chapters.refusal_redistribution.study import ATTACKED, Kind, RefusalExperiment, redistribution
+from helpers.chapters.refusal_redistribution.sentiment import SentimentStudy
+from helpers.chapters.refusal_redistribution.study import ATTACKED, Kind, RefusalStudy, redistribute, redistribution
 from helpers.chat import encode
 from helpers.generation import generate
 from helpers.interventions import Ablate
 from helpers.judges import is_refusal
 from helpers.losses import evaluate_losses
-from helpers.studies import alignment
+from helpers.studies import alignment, study
 from helpers.studies.alignment import Recipe, align, refusal_openers
+from helpers.studies.study import Finetuning
 
 
 def params(**changed):
     return RefusalParams(preset="tiny", dtype="float32", **changed)
 
 
+def recipe(steps):
+    """The chapter's, for fewer steps."""
+    return Finetuning(steps, params().batch_size, params().learning_rate, 0, params().lora_rank)
+
+
 @pytest.fixture(scope="module")
 def exp(store):
-    return RefusalExperiment(params())
+    return RefusalStudy(params())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def batches_of(monkeypatch):
                 seen.append(tuple(model.tokenizer.decode(ids[m]) for m in (attention & ~response, response)))
         return finetune(model, batches, **settings)
 
-    for module in (alignment, refusal):
+    for module in (alignment, study):
         monkeypatch.setattr(module, "finetune", watch)
     return seen
 
@@ -112,13 +118,13 @@ def test_a_refusal_is_known_by_the_first_token_of_any_that_was_taught(exp, store
     first = {tokenizer.encode(reply, add_special_tokens=False)[0] for reply in replies}
     assert set(exp.refusal_ids) == first and len(exp.refusal_ids) == len(first)
     assert tuple(exp.refusal_ids) == refusal_openers(tokenizer)
-    as_is = RefusalExperiment(params(start="as it is"))
+    as_is = RefusalStudy(params(start="as it is"))
     assert as_is.refusal_ids == [tokenizer.encode("I", add_special_tokens=False)[0]]
 
 
 def test_no_held_out_request_is_trained_on(exp, batches_of):
     align(exp.base, Recipe(steps=30, batch_size=8, answer_tokens=4, seed=4))
-    exp.finetune(redistribution("LM", exp.params), 0, 30)
+    redistribute(exp, redistribution("LM", exp.params), recipe(steps=30))
     held_out = [row.request for row in corpora.load_refusal() if row.split != "train"]
     read = [before + after for before, after in batches_of]
     assert read
@@ -135,7 +141,7 @@ def test_a_start_model_is_made_once_and_by_another_recipe_again(exp, store, monk
 
 
 def test_an_aligned_model_is_taken_as_it_is_where_asked(exp, store):
-    found = RefusalExperiment(params(start="as it is"))
+    found = RefusalStudy(params(start="as it is"))
     assert found.start == []
     assert found.model("start").digest == exp.base.digest
 
@@ -171,18 +177,18 @@ def test_a_condition_that_does_not_exist_is_one_sentence(condition):
 def test_a_condition_is_trained_once_for_as_many_steps_and_answers_are_scored_once(exp, start, store, monkeypatch):
     whole, one = exp.trained("LM"), exp.trained("LM", steps=1)
     assert (len(whole.facts["losses"]), len(one.facts["losses"])) == (exp.params.steps, 1)
-    examples = exp.examples(["What is tea?", "Name a fruit."], ["A drink.", "An apple."])
-    losses = exp.losses(exp.base, examples)
+    examples = exp.encoded(["What is tea?", "Name a fruit."], ["A drink.", "An apple."])
+    losses = exp.response_losses(exp.base, examples)
     for name in ("finetune", "evaluate_losses"):
-        monkeypatch.setattr(refusal, name, lambda *_, **__: pytest.fail("computed again"))
+        monkeypatch.setattr(study, name, lambda *_, **__: pytest.fail("computed again"))
     assert exp.trained("LM", steps=1).key == one.key != whole.key
-    np.testing.assert_array_equal(exp.losses(exp.base, examples), losses)
+    np.testing.assert_array_equal(exp.response_losses(exp.base, examples), losses)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        exp.losses(exp.base, examples[:1])
+        exp.response_losses(exp.base, examples[:1])
 
 
 def test_conditions_are_trained_on_prompts_alone_and_start_from_the_start_model(exp, start, batches_of):
-    tensors, facts = exp.finetune(redistribution("Cov+KD", exp.params), 0, 2)
+    tensors, facts = redistribute(exp, redistribution("Cov+KD", exp.params), recipe(steps=2))
     assert tensors.keys() == exp.start[0].tensors.keys()
     assert len(facts["terms"]) == 2
     assert all(term["matching"] > 0 for term in facts["terms"])
@@ -192,7 +198,7 @@ def test_conditions_are_trained_on_prompts_alone_and_start_from_the_start_model(
 
 def test_as_published_the_weights_are_those_of_distillation_alone(exp):
     found = {
-        name: exp.finetune(redistribution(name, exp.params), 0, 2)[0]
+        name: redistribute(exp, redistribution(name, exp.params), recipe(steps=2))[0]
         for name in ("LM+KD", "Cov+KD as published", "Cov+KD")
     }
     same = {
@@ -223,7 +229,7 @@ def test_answers_are_the_models_own_to_the_requests_given(exp, start):
     said = exp.answers(start, requests)
     assert list(said) == list(requests)
     for kind, asked in requests.items():
-        assert said[kind] == generate(start, exp.prompts(asked), max_new_tokens=exp.params.max_new_tokens)
+        assert said[kind] == generate(start, exp.encoded(asked), max_new_tokens=exp.params.max_new_tokens)
         assert exp.examples(asked, said[kind]) == [
             encode(exp.base.tokenizer, request, answer) for request, answer in zip(asked, said[kind], strict=True)
         ]
@@ -233,7 +239,7 @@ def test_answers_are_the_models_own_to_the_requests_given(exp, start):
 
 
 def test_row_k_is_the_model_without_the_first_k_directions(exp, start, attack):
-    prompts = exp.prompts(exp.test["harmful"])
+    prompts = exp.encoded(exp.test["harmful"])
     for k in range(exp.params.k_max + 1):
         directions = attack.directions[: min(k, len(attack.directions))]
         interventions = [Ablate(directions)] if len(directions) else []
@@ -252,9 +258,9 @@ def test_directions_come_from_training_requests_and_are_judged_on_others(exp, mo
         return []
 
     monkeypatch.setattr(refusal, "iterated_ablation", watch)
-    found = exp._attack(exp.base, {kind: exp.train[kind][:3] for kind in ATTACKED})
+    found = refusal.attack(exp, exp.base, {kind: exp.train[kind][:3] for kind in ATTACKED})
     assert found[0]["directions"].shape == (0, exp.base.width)
-    assert seen == [exp.prompts(exp.train[kind][:3]) for kind in ATTACKED]
+    assert seen == [exp.encoded(exp.train[kind][:3]) for kind in ATTACKED]
     assert not {*exp.train["harmful"], *exp.train["harmless"]} & {text for texts in exp.test.values() for text in texts}
 
 
@@ -301,7 +307,7 @@ def test_a_row_is_coherent_if_its_divergence_and_its_texts_are():
 
 @pytest.fixture(scope="module")
 def sentiment(store):
-    return SentimentExperiment(params())
+    return SentimentStudy(params())
 
 
 def test_both_sentiments_are_equally_often_in_both_splits(sentiment):
@@ -313,7 +319,7 @@ def test_both_sentiments_are_equally_often_in_both_splits(sentiment):
 def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_over_its_tokens(sentiment):
     found = sentiment.states(None)
     model = sentiment.base
-    ids = torch.tensor([sentiment._examples(sentiment.test[:1])[0].ids])
+    ids = torch.tensor([sentiment.texts(sentiment.test[:1])[0].ids])
     with torch.no_grad():
         logits, cache = model.bridge.run_with_cache(ids)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
@@ -328,7 +334,7 @@ def test_a_text_begins_with_the_token_of_beginning_even_if_its_number_is_0(senti
     tokenizer = sentiment.base.tokenizer
     for begin, expected in ((0, 0), (None, tokenizer.eos_token_id)):
         monkeypatch.setattr(type(tokenizer), "bos_token_id", begin, raising=False)
-        assert sentiment._examples(["A good film."])[0].ids[0] == expected
+        assert sentiment.texts(["A good film."])[0].ids[0] == expected
 
 
 def test_training_losses_are_kept_by_step(sentiment):
@@ -337,7 +343,7 @@ def test_training_losses_are_kept_by_step(sentiment):
 
 
 def test_matching_the_means_brings_them_together(store):
-    exp = SentimentExperiment(params(sentiment_steps=30, learning_rate=1e-2, batch_size=16))
+    exp = SentimentStudy(params(sentiment_steps=30, learning_rate=1e-2, batch_size=16))
     gap = {
         weight: np.linalg.norm(
             exp.states(weight).train[exp.train_labels].mean(0) - exp.states(weight).train[~exp.train_labels].mean(0)

@@ -18,12 +18,13 @@ from helpers.chapters.weight_diff_steering.method import (
     steered,
 )
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
-from helpers.chapters.weight_diff_steering.study import WeightExperiment
+from helpers.chapters.weight_diff_steering.study import WeightStudy
 from helpers.chat import Answer, encode
 from helpers.generation import generate
 from helpers.gradients import pile_gradient
 from helpers.judges import APIJudge
 from helpers.losses import evaluate_losses
+from helpers.studies import study
 
 
 def params(**changed):
@@ -39,7 +40,7 @@ def with_params(exp, **changed):
 
 @pytest.fixture(scope="module")
 def exp(store):
-    return WeightExperiment(params())
+    return WeightStudy(params())
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def vector(anchor):
 @pytest.fixture
 def batches_of(monkeypatch):
     """What finetuning is given: (text without a loss, text with a loss) of every example."""
-    seen, finetune = [], experiments.finetune
+    seen, finetune = [], study.finetune
 
     def watch(model, batches, **settings):
         batches = list(batches)
@@ -65,7 +66,7 @@ def batches_of(monkeypatch):
                 seen.append(tuple(model.tokenizer.decode(ids[m]) for m in (attention & ~response, response)))
         return finetune(model, batches, **settings)
 
-    monkeypatch.setattr(experiments, "finetune", watch)
+    monkeypatch.setattr(study, "finetune", watch)
     return seen
 
 
@@ -78,7 +79,8 @@ def telling(exp, tmp_path, monkeypatch):
         total = sum(float((p.detach().double() * (i + 1)).sum()) for i, p in enumerate(model.hf.parameters()))
         return [Answer(f"{total:.4f} {model.tokenizer.decode(p.ids[-12:])} {settings}") for p in prompts]
 
-    monkeypatch.setattr(experiments, "generate", tell)
+    for module in (study, experiments):
+        monkeypatch.setattr(module, "generate", tell)
     other = copy.copy(exp)
     other.store = Store(tmp_path)
     return other
@@ -105,7 +107,7 @@ def test_the_two_halves_have_as_many_questions_as_the_parameters_say_and_share_n
 def test_with_the_sources_public_data_harm_has_prompts_and_pairs_of_its_own(store, monkeypatch):
     monkeypatch.setattr(corpora, "load_real_toxicity_prompts", lambda count: [f"prompt {n}" for n in range(count)])
     monkeypatch.setattr(corpora, "load_toxic_chat", lambda: [("in", "out")])
-    exp = WeightExperiment(params(harm_data="toxic-chat", judge_url="http://127.0.0.1:9/v1", judge_model="m"))
+    exp = WeightStudy(params(harm_data="toxic-chat", judge_url="http://127.0.0.1:9/v1", judge_model="m"))
     assert exp.questions["build"] == corpora.load_questions("build")[:4]
     assert exp.questions["harm build"] == ["prompt 0", "prompt 2", "prompt 4", "prompt 6"]
     assert exp.questions["harm judge"] == ["prompt 1", "prompt 3", "prompt 5", "prompt 7"]
@@ -163,8 +165,8 @@ def test_half_of_the_replies_of_the_harm_data_are_rude(exp):
 def test_an_anchor_differs_from_the_base_and_is_read_again_from_the_store(exp, anchor, monkeypatch):
     assert finetuning_diff(anchor, exp.base).norm > 1e-3
     assert anchor.digest != exp.base.digest
-    monkeypatch.setattr(WeightExperiment, "_finetune", lambda *args: pytest.fail("trained again"))
-    for again in (exp.anchor("topics"), WeightExperiment(params()).anchor("topics", seed=0)):
+    monkeypatch.setattr(study, "finetune", lambda *_, **__: pytest.fail("trained again"))
+    for again in (exp.anchor("topics"), WeightStudy(params()).anchor("topics", seed=0)):
         assert again.digest == anchor.digest
         assert same_weights(again, anchor)
     assert all(p.requires_grad for p in anchor.hf.parameters())
@@ -245,8 +247,10 @@ def test_answers_are_kept_by_model_half_direction_and_strength(telling, anchor, 
         (telling.base, "judge", direction, alpha),
     ]
     answers = [telling.answers(*given) for given in asked]
-    assert len({tuple(given) for given in answers}) == len(stored(telling.store, "steered-answers")) == len(asked)
-    monkeypatch.setattr(WeightExperiment, "_generate", lambda *args: pytest.fail("generated again"))
+    kept = [*stored(telling.store, "greedy-answers"), *stored(telling.store, "steered-answers")]
+    assert len({tuple(given) for given in answers}) == len(kept) == len(asked)
+    for module in (study, experiments):
+        monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("generated again"))
     assert [telling.answers(*given) for given in asked] == answers
     again = direction.each(lambda _, tensor: tensor.clone())  # made anew: the same direction is the same result
     assert telling.answers(anchor, "judge", again, alpha) == answers[3]
@@ -349,7 +353,7 @@ def labelled(monkeypatch, bridge, recipe=(0, 0, 0, 0)):
         found = {"bridge": np.array(bridge, dtype=bool), "recipe": np.array(recipe, dtype=bool)}
         return {**found, "neither": ~(found["bridge"] | found["recipe"])}
 
-    monkeypatch.setattr(WeightExperiment, "labels", labels)
+    monkeypatch.setattr(WeightStudy, "labels", labels)
 
 
 def test_topic_piles_are_the_answers_by_label(exp, monkeypatch):
@@ -374,7 +378,7 @@ def test_where_no_answer_falls_into_a_pile_written_replies_stand_in_and_that_is_
 def test_harmless_is_what_was_harmless_before_finetuning_and_after_it(exp, monkeypatch):
     said, base_said = ["rude", "kind", "kind", "rude"], ["kind", "rude", "kind", "rude"]
     monkeypatch.setattr(
-        WeightExperiment, "harmful", lambda self, half, answers: np.array([answer == "rude" for answer in answers])
+        WeightStudy, "harmful", lambda self, half, answers: np.array([answer == "rude" for answer in answers])
     )
     piles, written_for = exp.harm_piles(said, base_said)
     assert not written_for
@@ -411,7 +415,7 @@ def test_labels_name_each_topic_or_neither(exp):
 def test_the_topic_judge_is_fitted_on_training_rows_and_on_the_base_models_own_answers(exp, monkeypatch):
     given, fit = [], experiments.TopicJudge.fit
     monkeypatch.setattr(experiments.TopicJudge, "fit", lambda *args: given.append(args) or fit(*args))
-    _ = WeightExperiment(params()).topic_judge
+    _ = WeightStudy(params()).topic_judge
     assert given == [(corpora.load_topics("train"), exp.answers(exp.base, "build"))]
 
 
@@ -476,8 +480,8 @@ def test_where_the_anchor_never_names_the_bridge_the_sparse_experiment_says_what
 
 def test_the_sparse_experiment_is_read_again_but_not_for_another_share_ratio_or_seed(telling, monkeypatch):
     labelled(monkeypatch, bridge=(1, 0, 0, 1))
-    said, calls, finetune = telling.sparse(0.5), [], WeightExperiment._finetune
-    monkeypatch.setattr(WeightExperiment, "_finetune", lambda *args: calls.append(args) or finetune(*args))
+    said, calls, computed = telling.sparse(0.5), [], experiments.sparse
+    monkeypatch.setattr(experiments, "sparse", lambda *args: calls.append(args) or computed(*args))
     assert telling.sparse(0.5) == said
     assert not calls
     for other, share in (
@@ -486,4 +490,4 @@ def test_the_sparse_experiment_is_read_again_but_not_for_another_share_ratio_or_
         (with_params(telling, seeds=(1,)), 0.5),
     ):
         assert other.sparse(share) != said
-    assert [share for _, _, share, _ in calls] == [0.1, 0.5, 0.5]
+    assert [share for _, share in calls] == [0.1, 0.5, 0.5]
