@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from helpers.chat import Answer, Batch, Example, answer_facts, answers_of, encod
 from helpers.generation import generate
 from helpers.interventions import Intervention
 from helpers.losses import evaluate_losses
-from helpers.models import LoRA, Model, load
+from helpers.models import LoRA, Model, finetuned_digest, load
 from helpers.params import Params
 from helpers.training import TrainingLog, finetune
 
@@ -130,9 +131,14 @@ class Study(Generic[P]):
         share_prefix: bool = False,
         label: str = "finetuning",
     ) -> tuple[Model, TrainingLog]:
-        """The base model, as the runs of `start` left it, trained on these batches."""
+        """The base model, as the runs of `start` left it, trained on these batches.
+
+        Its digest is its own, so that nothing stored of another model is taken for its: the stage that keeps what was
+        trained gives later loads a lasting one.
+        """
         torch.manual_seed(recipe.seed)  # adapters are drawn while loading
         model = self.load(start, lora_rank=recipe.lora_rank)
+        model.digest = finetuned_digest(model.digest, [uuid4().hex])
         log = finetune(
             model,
             batches,

@@ -115,7 +115,7 @@ class WeightStudy(Study[WeightSteeringParams]):
         }
         if not keep:
             model = finetuned(self, recipe, pairs, whole_sequence=whole)
-            model.digest = finetuned_digest(model.digest, [self.key(**stage)])
+            model.digest = finetuned_digest(self.base.digest, [self.key(**stage)])
             return model
         artifact = self.stage(**stage)
         release_memory()
