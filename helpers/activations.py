@@ -108,7 +108,12 @@ class PersonaVectorFitter:
         self._sums = [torch.zeros(()), torch.zeros(())]
         self._counts = [0, 0]
 
-    def update(self, activations: Float[Tensor, "layer example d_model"], *, shows_trait: bool) -> None:
+    def update(
+        self,
+        activations: Float[Tensor, "layer example d_model"],
+        *,
+        shows_trait: bool,
+    ) -> None:
         """Add answers that show the trait, or answers that do not."""
         self._sums[shows_trait] = self._sums[shows_trait] + activations.cpu().double().sum(1)
         self._counts[shows_trait] += activations.shape[1]
@@ -117,8 +122,8 @@ class PersonaVectorFitter:
         """mean over trait answers - mean over normal answers. Raises `ValueError` if either kind is missing."""
         if 0 in self._counts:
             raise ValueError(
-                f"A persona vector needs answers of both kinds; got {self._counts[1]} with the trait "
-                f"and {self._counts[0]} without."
+                f"A persona vector needs answers of both kinds; got {self._counts[1]} with the "
+                f"trait and {self._counts[0]} without."
             )
         normal, trait = (s / n for s, n in zip(self._sums, self._counts, strict=True))
         return PersonaVector(self.trait, (trait - normal).float())

@@ -36,16 +36,6 @@ def ran(code, namespace):
     return printed.getvalue()
 
 
-def imports_of(notebook):
-    """A namespace with what the chapter imports, and nothing that it computes."""
-    namespace = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and part_of(cell) is None:
-            imports = [n for n in ast.parse(cell.source).body if isinstance(n, ast.Import | ast.ImportFrom)]
-            exec(compile(ast.Module(imports, []), "imports", "exec"), namespace)
-    return namespace
-
-
 def names_bound_by(tree):
     """The names that a cell binds for the whole notebook."""
     bound = set()
@@ -84,9 +74,9 @@ def test_cells_are_tagged_and_folded_as_their_part_asks(stem, exercise):
 
 
 @of_each_exercise
-def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exercise, committed):
+def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exercise, imports):
     solution = code_of(exercise.cells["solution"])
-    printed = ran(solution, imports_of(committed))
+    printed = ran(solution, imports)
     checks = CHECK.findall(solution)
     assert checks and len(re.findall(r"^Right: ", printed, flags=re.MULTILINE)) == len(checks)
     assert "Not yet" not in printed

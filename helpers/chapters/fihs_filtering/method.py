@@ -35,6 +35,9 @@ Scores = Float[np.ndarray, " point"]
 # The safety score
 
 
+ALL_FROZEN = "No weight is trainable, so the safety score has no gradient: load the model unfrozen."
+
+
 @dataclass(frozen=True)
 class SafetyScore:
     """S = mean over probes of z_unsafe - z_safe, the logits of two first tokens of the answer (the source's Eq. 5).
@@ -67,12 +70,14 @@ class SafetyScore:
 
         Raises `ValueError` if no weight is trainable.
         """
-        parameters = {plain_name(name): p for name, p in model.hf.named_parameters() if p.requires_grad}
+        named = model.hf.named_parameters()
+        parameters = {plain_name(name): p for name, p in named if p.requires_grad}
         if not parameters:
-            raise ValueError("No weight is trainable, so the safety score has no gradient: load the model unfrozen.")
+            raise ValueError(ALL_FROZEN)
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for _, values in self._batched(model, batch_size):
-            grads = torch.autograd.grad(values.sum() / len(self.probes), list(parameters.values()), allow_unused=True)
+            part = values.sum() / len(self.probes)
+            grads = torch.autograd.grad(part, list(parameters.values()), allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
@@ -82,7 +87,16 @@ class SafetyScore:
         asked = [replace(e, ids=(*e.ids[: e.prompt_length], self.safe)) for e in self.probes]
         for batch in batches(asked, batch_size, model.tokenizer.pad_token_id):
             logits = response_logits(model, batch, share_prefix=True)
-            yield batch.rows, logits[:, self.unsafe] - logits[:, self.safe]
+            yield batch.rows, unsafe_over_safe(logits, self.unsafe, self.safe)
+
+
+def unsafe_over_safe(
+    logits: Float[Tensor, "probe vocabulary"],
+    unsafe: int,
+    safe: int,
+) -> Float[Tensor, " probe"]:
+    """z_unsafe - z_safe of the first token after each probe; S is its mean."""
+    return logits[:, unsafe] - logits[:, safe]
 
 
 def _single_token(tokenizer: Any, word: str) -> int:
@@ -110,7 +124,14 @@ def fihs(
 
     One forward-mode pass a batch (`gradients.directional_derivatives`). Raises as that does.
     """
-    return -directional_derivatives(model, examples, safety_gradient, loss=loss, batch_size=batch_size)
+    slopes = directional_derivatives(
+        model,
+        examples,
+        safety_gradient,
+        loss=loss,
+        batch_size=batch_size,
+    )
+    return -slopes
 
 
 # The threshold that the scores suggest
@@ -142,36 +163,65 @@ def guess_threshold(scores: Scores, *, required: float = 10.0, seed: int = 0) ->
     standard deviations. The source is said to cut at hard labels, `Guess.hard`; a wide component's label also wins in
     the far tail of the other, which moves that cut. Raises `ValueError` for fewer than four scores, or equal ones.
     """
-    from scipy.optimize import brentq
-    from sklearn.mixture import GaussianMixture
-
     x = np.asarray(scores, dtype=np.float64)
     if x.size < 4 or not np.isfinite(x).all() or np.ptp(x) == 0:
         raise ValueError("A threshold needs at least four finite scores that differ.")
     centre, scale = x.mean(), x.std()
     z = ((x - centre) / scale)[:, None]  # the mixture's regularisation is absolute
-    mixture = GaussianMixture(2, n_init=5, random_state=seed).fit(z)
-    log_ratio = float(x.size * (mixture.score(z) - GaussianMixture(1).fit(z).score(z)))
-    if log_ratio <= required:
-        return Guess(float(centre + 2 * scale), log_ratio, (float(centre),), (float(scale),), (1.0,), None)
-    low, high = order = np.argsort(mixture.means_[:, 0])
-    means, spreads = mixture.means_[order, 0], np.sqrt(mixture.covariances_[order, 0, 0])
-    labels = mixture.predict(z)
-    hard = min(z[labels == which].max(initial=-np.inf) for which in (low, high))
-
-    def lead(at: float) -> float:
-        return float(np.subtract(*mixture.predict_proba([[at]])[0, [high, low]]))
-
-    between = tuple(means)
-    cut = brentq(lead, *between) if lead(between[0]) < 0 < lead(between[1]) else hard
+    cut, log_ratio, mixture = standard_threshold(z, required=required, seed=seed)
+    if mixture is None:
+        return Guess(float(centre + cut * scale), log_ratio, (float(centre),), (float(scale),), (1.0,), None)
+    order = np.argsort(mixture.means_[:, 0])
     return Guess(
         threshold=float(centre + scale * cut),
         log_ratio=log_ratio,
-        means=tuple(centre + scale * means),
-        spreads=tuple(scale * spreads),
+        means=tuple(centre + scale * mixture.means_[order, 0]),
+        spreads=tuple(scale * np.sqrt(mixture.covariances_[order, 0, 0])),
         weights=tuple(mixture.weights_[order]),
-        hard=float(centre + scale * hard),
+        hard=float(centre + scale * hard_cut(z, mixture)),
     )
+
+
+def standard_threshold(
+    z: Float[np.ndarray, "point 1"],
+    *,
+    required: float,
+    seed: int,
+) -> tuple[float, float, Any]:
+    """The threshold of scores with mean 0 and variance 1, the log-likelihood ratio, and the mixture of two or None.
+
+    With a mixture of two, the threshold is where w_0 N(x; m_0, s_0) = w_1 N(x; m_1, s_1) between the means; with one
+    Gaussian it is 2, two standard deviations above the mean.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    one = GaussianMixture(1).fit(z)
+    two = GaussianMixture(2, n_init=5, random_state=seed).fit(z)
+    log_ratio = len(z) * float(two.score(z) - one.score(z))  # `score` is a mean
+    if log_ratio <= required:
+        return 2.0, log_ratio, None
+    cut = equal_posterior(two)
+    return (hard_cut(z, two) if cut is None else cut), log_ratio, two
+
+
+def equal_posterior(mixture: Any) -> float | None:
+    """Where the two components are equally likely between their means; None if one is likelier all the way."""
+    from scipy.optimize import brentq
+
+    low, high = np.argsort(mixture.means_[:, 0])
+
+    def lead(x: float) -> float:
+        posterior = mixture.predict_proba([[x]])[0]
+        return float(posterior[high] - posterior[low])
+
+    between = mixture.means_[low, 0], mixture.means_[high, 0]
+    return brentq(lead, *between) if lead(between[0]) < 0 < lead(between[1]) else None
+
+
+def hard_cut(z: Float[np.ndarray, "point 1"], mixture: Any) -> float:
+    """Where hard labels part the points: min(highest of the lower component's, highest of the upper one's)."""
+    labels = mixture.predict(z)
+    return float(min(z[labels == which].max(initial=-np.inf) for which in (0, 1)))
 
 
 # The search that checks it
@@ -214,13 +264,9 @@ def search_threshold(
     `evaluate(kept)` finetunes on the points of the mask and gives (harm, utility). The search ends at a threshold that
     is safe and useful; without one, the safe one with the most utility is chosen, and none where none is safe.
     """
-    low, high = float(np.min(scores)), float(np.max(scores)) + 1e-12
+    low, high, threshold = float(np.min(scores)), float(np.max(scores)) + 1e-12, guess
     trials: list[Trial] = []
-    threshold = guess
-    for _ in range(steps):
-        kept = scores < threshold
-        if not kept.any():
-            break
+    while len(trials) < steps and (kept := scores < threshold).any():
         harm, utility = evaluate(kept)
         safe, useful = harm <= harm_limit, utility >= utility_limit
         trials.append(Trial(threshold, int(kept.sum()), harm, utility, safe, useful))
@@ -229,7 +275,8 @@ def search_threshold(
         low, high = (threshold, high) if safe else (low, threshold)
         threshold = (low + high) / 2
     safe_ones = [t for t in trials if t.safe]
-    return Search(tuple(trials), max(safe_ones, key=lambda t: (t.useful, t.utility), default=None))
+    best = max(safe_ones, key=lambda t: (t.useful, t.utility), default=None)
+    return Search(tuple(trials), best)
 
 
 # Baselines

@@ -163,19 +163,12 @@ def train_vectors(
     starts = [run.start(model.width) for run in runs]
     factors = [a.to(model.device).requires_grad_() for a, _ in starts]
     vectors = [v.to(model.device).requires_grad_() for _, v in starts]
-    optimizer = torch.optim.Adam(
-        [{"params": [a], "lr": run.factor_rate} for run, a in zip(runs, factors, strict=True)]
-        + [{"params": [v], "lr": run.vector_rate} for run, v in zip(runs, vectors, strict=True)]
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    optimizer, schedule = joint_optimizer(runs, factors, vectors, steps)
     draws = [run.draws(steps, batch_size) for run in runs]
     states = states or States(model, layer)
     met = {(r, i) for r, of_run in enumerate(draws) for drawn in of_run for i in drawn}
     sides = ("shown", "neutral") if objective == "simpo" else ("shown",)
     losses: list[list[float]] = [[] for _ in runs]
-
-    def shifts() -> Float[Tensor, "run d_model"]:
-        return torch.stack([a * v for a, v in zip(factors, vectors, strict=True)])
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.weights_in(model.dtype, only_frozen_linear=True))
@@ -187,7 +180,7 @@ def train_vectors(
             drawn = [(r, i) for r, of_run in enumerate(draws) for i in of_run[step]]
             found = [0.0] * len(runs)
             for part in _parts(runs, drawn, rows if objective == "lang" else rows // 2):
-                terms = _terms(states, runs, part, draws, step, shifts(), where, reference)
+                terms = _terms(states, runs, part, draws, step, features(factors, vectors), where, reference)
                 total = terms.sum()
                 if not bool(torch.isfinite(total)):
                     raise ValueError(f"The loss is not finite at step {step + 1}; lower beta or the learning rates.")
@@ -206,6 +199,25 @@ def train_vectors(
         Trained(Steer(layer, v.detach().cpu(), float(a.detach()), where), tuple(trace))
         for a, v, trace in zip(factors, vectors, losses, strict=True)
     ]
+
+
+def features(
+    factors: Sequence[Float[Tensor, ""]], vectors: Sequence[Float[Tensor, " d_model"]]
+) -> Float[Tensor, "run d_model"]:
+    """z = alpha v of every run: what is added to the stream."""
+    return torch.stack([alpha * v for alpha, v in zip(factors, vectors, strict=True)])
+
+
+def joint_optimizer(
+    runs: Sequence[Run], factors: Sequence[Tensor], vectors: Sequence[Tensor], steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam with each run's eta_alpha for its factor and its eta_v for its vector; both fall linearly to 0."""
+    rates = []
+    for run, alpha, v in zip(runs, factors, vectors, strict=True):
+        rates.append({"params": [alpha], "lr": run.factor_rate})
+        rates.append({"params": [v], "lr": run.vector_rate})
+    optimizer = torch.optim.Adam(rates)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / steps)
 
 
 def simpo_loss(

@@ -41,6 +41,8 @@ POSITIONS = (-5, -4, -3, -2, -1)
 
 NO_PROMPTS = "The attack needs at least one harmful and one harmless prompt."
 
+NO_TOKENS = "Refusal needs at least one token to be recognised by, such as the first of 'I cannot'."
+
 KL_LIMIT = 0.1
 """Nats. Above it, a candidate's ablation changes what the model says to harmless prompts."""
 
@@ -54,9 +56,18 @@ def refusal_log_odds(
     `ValueError` without refusal tokens.
     """
     if not refusal_ids:
-        raise ValueError("Refusal needs at least one token to be recognised by, such as the first of 'I cannot'.")
-    refuses = logits.cpu().double().softmax(-1)[:, list(dict.fromkeys(refusal_ids))].sum(-1)
+        raise ValueError(NO_TOKENS)
+    p = logits.cpu().double().softmax(-1)
+    refuses = p[:, list(dict.fromkeys(refusal_ids))].sum(-1)  # P_R
     return (refuses + eps).log() - (1 - refuses + eps).log()
+
+
+def divergence(
+    before: Float[Tensor, "batch vocabulary"], after: Float[Tensor, "batch vocabulary"]
+) -> Float[Tensor, " batch"]:
+    """KL(before || after) in nats, of log-probabilities: how far an ablation moves the next token."""
+    kl = torch.nn.functional.kl_div(after, before, log_target=True, reduction="none")
+    return kl.sum(-1)
 
 
 def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...]:
@@ -124,8 +135,17 @@ def candidate_directions(
     """
     if not harmful or not harmless:
         raise ValueError(NO_PROMPTS)
-    states = prompt_states(model, [*harmful, *harmless], layers, positions, ablated, batch_size=batch_size).double()
-    return (states[: len(harmful)].mean(0) - states[len(harmful) :].mean(0)).float()
+    both = [*harmful, *harmless]
+    states = prompt_states(model, both, layers, positions, ablated, batch_size=batch_size)
+    return difference_of_means(*states.double().tensor_split([len(harmful)])).float()
+
+
+def difference_of_means(
+    harmful: Float[Tensor, "harmful layer position d_model"],
+    harmless: Float[Tensor, "harmless layer position d_model"],
+) -> Float[Tensor, "layer position d_model"]:
+    """r = mu_harmful - mu_harmless, one candidate for each layer and position."""
+    return harmful.mean(0) - harmless.mean(0)
 
 
 @dataclass(frozen=True)
@@ -269,8 +289,7 @@ class _Scorer:
         for c, logits in zip(which, reads.last_logits(self.model, (each,)).split(len(prompts)), strict=True):
             of_harmful, of_harmless = logits.tensor_split([len(self.harmful[harmful])])
             self.log_odds[c, harmful] = refusal_log_odds(of_harmful, self.refusal_ids)
-            after = of_harmless.log_softmax(-1)
-            kl = torch.nn.functional.kl_div(after, self.before[harmless], log_target=True, reduction="none").sum(-1)
+            kl = divergence(self.before[harmless], of_harmless.log_softmax(-1))
             self.kl[c, harmless] = kl.cpu().double()
 
     @torch.no_grad()
@@ -537,7 +556,10 @@ class Coherence:
     """Nats a token. Rise of the log perplexity of answers under a model that was not attacked."""
 
 
-def smallest_k(refused: Bool[np.ndarray, "rows request"], counts: Bool[np.ndarray, " rows"] | None = None) -> int:
+def smallest_k(
+    refused: Bool[np.ndarray, "rows request"],
+    counts: Bool[np.ndarray, " rows"] | None = None,
+) -> int:
     """K*: the smallest number of directions without which fewer than 30% of harmful requests are refused.
 
     Row k is with k directions removed. `counts` says of which rows a suppression counts (all by default). The number
@@ -585,7 +607,10 @@ def probe_direction(
     return unit(torch.from_numpy(probe.coef_[0]) / spread).float()[None]
 
 
-def top_subspace(candidates: Float[Tensor, "layer position d_model"], k: int) -> Float[Tensor, "k d_model"]:
+def top_subspace(
+    candidates: Float[Tensor, "layer position d_model"],
+    k: int,
+) -> Float[Tensor, "k d_model"]:
     """The k leading right singular vectors of the differences of class means at all layers and positions, at once.
 
     Each difference counts with length one: late layers' would outweigh all others. Raises `ValueError` if there are
@@ -595,5 +620,6 @@ def top_subspace(candidates: Float[Tensor, "layer position d_model"], k: int) ->
     _, size, directions = torch.linalg.svd(rows, full_matrices=False)
     rank = int((size > 1e-6 * size[0]).sum())
     if not 1 <= k <= rank:
-        raise ValueError(f"A subspace of {k} directions cannot be had: the differences of means span {rank}.")
+        spanned = f"the differences of means span {rank}"
+        raise ValueError(f"A subspace of {k} directions cannot be had: {spanned}.")
     return directions[:k].float()

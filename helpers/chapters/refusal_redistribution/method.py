@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -44,15 +45,23 @@ def mean_matching(
     *,
     as_published: bool = False,
 ) -> Float[Tensor, ""]:
-    """mean_d |mu_1 - mu_0| (L1) or mean_d (mu_1 - mu_0)^2 (L2), averaged over layers.
-
-    The published code takes means over d, where its text writes sums. Raises `ValueError` if a class is missing;
-    `as_published` gives 0 there.
-    """
+    """`mean_loss` of a batch's two classes. Raises `ValueError` if one is missing; `as_published` gives 0 there."""
     if not _enough(harmful, 1, "mean", as_published):
         return z.new_zeros((), dtype=_precise(z).dtype)
     z = _precise(z)
-    gap = z[:, harmful].mean(1) - z[:, ~harmful].mean(1)
+    return mean_loss(z[:, harmful], z[:, ~harmful], norm)
+
+
+def mean_loss(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+    norm: Norm = "L2",
+) -> Float[Tensor, ""]:
+    """mean_d |mu_1 - mu_0| (L1) or mean_d (mu_1 - mu_0)^2 (L2), averaged over layers.
+
+    The published code takes means over d, where its text writes sums.
+    """
+    gap = z_1.mean(1) - z_0.mean(1)  # mu_1 - mu_0: (layer, d_model)
     return gap.abs().mean() if norm == "L1" else gap.square().mean()
 
 
@@ -63,26 +72,35 @@ def covariance_matching(
     *,
     as_published: bool = False,
 ) -> Float[Tensor, ""]:
-    """mean |S_1 - S_0| (L1) or ||S_1 - S_0||_F^2 / d_model^2 (L2), averaged over layers, with unbiased covariances S.
-
-    L2 needs no covariance where the batch is smaller than d_model. With the centred rows of both classes stacked in A,
-    each divided by sqrt(n_c - 1), and s = +1 or -1 by class, S_1 - S_0 = A^T diag(s) A and
-
-        ||S_1 - S_0||_F^2 = ||S_1||^2 + ||S_0||^2 - 2 <S_1, S_0> = sum_ij s_i s_j (A A^T)_ij^2.
+    """`covariance_loss` of a batch's two classes.
 
     Raises `ValueError` with fewer than two of a class; `as_published` gives 0 there.
     """
     if not _enough(harmful, 2, "covariance", as_published):
         return z.new_zeros((), dtype=_precise(z).dtype)
     z = _precise(z)
-    classes = [z[:, harmful], z[:, ~harmful]]
-    a = torch.cat([(c - c.mean(1, keepdim=True)) / (c.shape[1] - 1) ** 0.5 for c in classes], dim=1)
-    sign = torch.cat([z.new_full((c.shape[1],), s) for c, s in zip(classes, (1.0, -1.0), strict=True)])
-    width = z.shape[2]
-    if norm == "L2" and z.shape[1] < width:
-        gram = a @ a.mT
-        return torch.einsum("lij,i,j->l", gram.square(), sign, sign).mean() / width**2
-    difference = (a * sign[:, None]).mT @ a
+    return covariance_loss(z[:, harmful], z[:, ~harmful], norm)
+
+
+def covariance_loss(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+    norm: Norm = "L2",
+) -> Float[Tensor, ""]:
+    """mean |S_1 - S_0| (L1) or ||S_1 - S_0||_F^2 / d_model^2 (L2), averaged over layers, with unbiased covariances S.
+
+    L2 needs no covariance where the batch is smaller than d_model. With the centred rows of both classes stacked in A,
+    each divided by sqrt(n_c - 1), and s = +1 or -1 by class, S_1 - S_0 = A^T diag(s) A and
+
+        ||S_1 - S_0||_F^2 = ||S_1||^2 + ||S_0||^2 - 2 <S_1, S_0> = sum_ij s_i s_j (A A^T)_ij^2.
+    """
+    rows = [(z - z.mean(1, keepdim=True)) / (z.shape[1] - 1) ** 0.5 for z in (z_1, z_0)]
+    a, d = torch.cat(rows, dim=1), z_1.shape[2]  # S_c = rows_c^T rows_c
+    s = torch.cat([z_1.new_ones(z_1.shape[1]), -z_1.new_ones(z_0.shape[1])])
+    if norm == "L2" and a.shape[1] < d:  # fewer prompts than dimensions: no S is needed
+        gram = a @ a.mT  # (layer, batch, batch)
+        return torch.einsum("lij,i,j->l", gram.square(), s, s).mean() / d**2
+    difference = (a * s[:, None]).mT @ a  # S_1 - S_0: (layer, d_model, d_model)
     return difference.abs().mean() if norm == "L1" else difference.square().mean()
 
 
@@ -183,11 +201,14 @@ def prompt_tokens(batch: Batch) -> Bool[Tensor, "batch pos"]:
 
 
 def distillation(
-    student: Float[Tensor, "batch vocabulary"], teacher: Float[Tensor, "batch vocabulary"], temperature: float = 1.0
+    student: Float[Tensor, "batch vocabulary"],
+    teacher: Float[Tensor, "batch vocabulary"],
+    temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """T^2 KL(p_teacher || p_student) of logits at temperature T, in nats, mean over the batch."""
-    p, q = ((_precise(logits) / temperature).log_softmax(-1) for logits in (teacher, student))
-    return temperature**2 * torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    p, q = ((_precise(z) / temperature).log_softmax(-1) for z in (teacher, student))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    return temperature**2 * kl
 
 
 # The extra loss of finetuning
@@ -242,14 +263,29 @@ class Redistribution:
         if not self.temperature > 0:
             raise ValueError(f"The temperature is {self.temperature:g}; it must be positive.")
 
-    def matching(self, z: Float[Tensor, "layer batch d_model"], harmful: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:
+    def matching(
+        self,
+        z: Float[Tensor, "layer batch d_model"],
+        harmful: Bool[Tensor, " batch"],
+    ) -> Float[Tensor, ""]:
         """L_match of one batch, without its weight."""
         if self.match == "none":
             return z.new_zeros(())
-        loss = mean_matching if self.match == "mean" else covariance_matching
+        match = mean_matching if self.match == "mean" else covariance_matching
+        loss = partial(match, norm=self.norm, as_published=self.as_published)
         size = self.micro_batch or (2 if self.as_published else len(harmful))
         parts = zip(z.split(size, dim=1), harmful.split(size), strict=True)
-        return torch.stack([loss(part, who, self.norm, as_published=self.as_published) for part, who in parts]).mean()
+        return torch.stack([loss(part, harmful=who) for part, who in parts]).mean()
+
+    def weighted(
+        self,
+        matching: Float[Tensor, ""],
+        divergence: Float[Tensor, ""],
+        first: float,
+    ) -> Float[Tensor, ""]:
+        """lambda L_match + kd L_KD, with L_match divided by `first`, its value at the first batch, if `relative`."""
+        scale = first if self.relative and first > 0 else 1.0
+        return self.weight * matching / scale + self.kd_weight * divergence
 
     def extra_loss(self, harmful: Callable[[int], bool], *, teacher: Model | None, seed: int) -> RedistributionLoss:
         """The loss for `training.finetune`; `harmful` says of a row (`Batch.rows`) which kind it is.
@@ -286,28 +322,21 @@ class RedistributionLoss:
         if len(self.kept) != model.layers:
             raise ValueError("No hidden states were kept: pass this loss's `interventions` to `finetune` as well.")
         settings, last = self.settings, self.kept[model.layers - 1]
-        total = torch.zeros((), device=model.device)
-        record = {"matching": 0.0, "distillation": 0.0}
+        matching = divergence = torch.zeros((), device=model.device)
         if settings.match != "none":
             weights = pool_weights(batch, settings.shares, self.generator, settings.template_length).to(_precise(last))
             # layer by layer, so that the streams are not copied into one tensor
             z = torch.stack([torch.einsum("bpd,bp->bd", _precise(self.kept[i]), weights) for i in range(model.layers)])
             harmful = torch.tensor([bool(self.harmful(row)) for row in batch.rows], device=z.device)
             matching = settings.matching(z, harmful)
-            record["matching"] = matching.item()
-            first = self.records[0]["matching"] if self.records else record["matching"]
-            scale = first if settings.relative and first > 0 else 1.0
-            total = total + settings.weight * matching / scale
         if settings.kd_weight:
             assert self.teacher is not None
             ends = prompt_ends(batch).to(last.device)
             student = head(model, last[torch.arange(len(ends), device=last.device), ends])
             divergence = distillation(student, prompt_logits(self.teacher, batch), settings.temperature)
-            total = total + settings.kd_weight * divergence
-            record["distillation"] = divergence.item()
         self.kept.clear()  # the graph goes with the backward pass
-        self.records.append(record)
-        return total
+        self.records.append({"matching": matching.item(), "distillation": divergence.item()})
+        return settings.weighted(matching, divergence, first=self.records[0]["matching"])
 
 
 def prompt_ends(batch: Batch) -> Int[Tensor, " batch"]:

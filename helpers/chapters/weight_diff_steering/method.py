@@ -67,13 +67,16 @@ class WeightVector:
         return self.each(lambda _, tensor: tensor * (norm / self.norm))
 
 
-def difference(minuend: Mapping[str, Tensor], subtrahend: Mapping[str, Tensor]) -> WeightVector:
+def difference(
+    minuend: Mapping[str, Tensor],
+    subtrahend: Mapping[str, Tensor],
+) -> WeightVector:
     """Tensor by tensor: V = G_target - G_neutral, or Delta = theta_anchor - theta_base.
 
     Raises `ValueError` if the two are not of one architecture.
     """
     _same_architecture(minuend, subtrahend)
-    return WeightVector({name: minuend[name].float() - subtrahend[name].float() for name in minuend})
+    return WeightVector({n: minuend[n].float() - subtrahend[n].float() for n in minuend})
 
 
 def finetuning_diff(anchor: Model, base: Model) -> WeightVector:
@@ -92,10 +95,17 @@ def dot(a: WeightVector, b: Mapping[str, Tensor]) -> float:
     return sum(float(torch.linalg.vecdot(t, b[name].to(t)).sum(dtype=torch.float64)) for name, t in a.tensors.items())
 
 
-def alpha_for(vector: WeightVector, diff: WeightVector, ratio: float) -> float:
+NO_DIRECTION = "This direction is zero everywhere: no strength reaches a ratio other than 0."
+
+
+def alpha_for(
+    vector: WeightVector,
+    diff: WeightVector,
+    ratio: float,
+) -> float:
     """The alpha at which ||alpha V|| / ||Delta|| is `ratio` (negative: the other way along V)."""
     if not vector.norm > 0:
-        raise ValueError("This direction is zero everywhere: no strength reaches a ratio other than 0.")
+        raise ValueError(NO_DIRECTION)
     return ratio * diff.norm / vector.norm
 
 
@@ -145,12 +155,9 @@ def steered(model: Model, vector: WeightVector, alpha: float) -> Iterator[Model]
     kept = {name: p.data for name, p in parameters.items()}
     try:
         for name, p in parameters.items():
-            p.data = torch.add(kept[name], vector.tensors[name].to(kept[name]), alpha=alpha)
-        if not _loss_is_finite(model):
-            raise ValueError(
-                f"Steered by alpha = {alpha:g} the loss is not finite; choose an alpha nearer to 0 "
-                f"(||alpha V|| is {abs(alpha) * vector.norm:.3g} here)."
-            )
+            v = vector.tensors[name].to(kept[name])
+            p.data = torch.add(kept[name], v, alpha=alpha)
+        _check_loss(model, vector, alpha)
         yield model
     finally:
         for name, p in parameters.items():
@@ -160,7 +167,14 @@ def steered(model: Model, vector: WeightVector, alpha: float) -> Iterator[Model]
 # Variants
 
 
-def hadamard(vector: WeightVector, diff: WeightVector, scale: Literal["percentile", "active median"]) -> WeightVector:
+NO_SCALE = "Finetuning changed too few weights for this scale: fewer than 3% of |Delta| are not 0."
+
+
+def hadamard(
+    vector: WeightVector,
+    diff: WeightVector,
+    scale: Literal["percentile", "active median"],
+) -> WeightVector:
     """(|Delta| / s) * V, element by element: steer where finetuning changed the weights (the source's own variant).
 
     s is one number for all weights: the 97th percentile of |Delta|, as in the source, or the median of the active
@@ -172,8 +186,8 @@ def hadamard(vector: WeightVector, diff: WeightVector, scale: Literal["percentil
         tail = sizes[sizes > s / 10]
         s = float(tail.median()) if len(tail) else 0.0
     if not s > 0:
-        raise ValueError("Finetuning changed too few weights for this scale: fewer than 3% of |Delta| are not 0.")
-    return vector.each(lambda name, tensor: tensor * diff.tensors[name].abs() / s)
+        raise ValueError(NO_SCALE)
+    return vector.each(lambda name, v: v * diff.tensors[name].abs() / s)
 
 
 def project_on_diff(vector: WeightVector, diff: WeightVector, rank: int) -> WeightVector:
@@ -300,6 +314,11 @@ def _leading(matrix: Float[Tensor, "m n"], rank: int) -> tuple[Tensor, Tensor, T
 
 
 @torch.no_grad()
-def _loss_is_finite(model: Model) -> bool:
+def _check_loss(model: Model, vector: WeightVector, alpha: float) -> None:
+    """Raises `ValueError` where the loss of a greeting is not finite."""
     example = encode(model.tokenizer, "Hello!", "Hello! How can I help?")
-    return bool(torch.isfinite(sequence_losses(model, collate([example], model.tokenizer.pad_token_id))).all())
+    if not bool(torch.isfinite(sequence_losses(model, collate([example], model.tokenizer.pad_token_id))).all()):
+        raise ValueError(
+            f"Steered by alpha = {alpha:g} the loss is not finite; choose an alpha nearer to 0 "
+            f"(||alpha V|| is {abs(alpha) * vector.norm:.3g} here)."
+        )
