@@ -270,7 +270,8 @@ def test_an_evaluation_is_of_the_answers_that_the_trained_model_gives_undefended
     assert ((result.scores >= 0) & (result.scores <= 100)).all()
     assert result.answers != exp.evaluate().answers
     model = exp.trained(run)
-    assert list(result.answers) == exp._answer(model, [row.question for row in exp.heldout])
+    questions = [row.question for row in exp.heldout]
+    assert list(result.answers) == exp.greedy_answers(model, questions, exp.params.max_new_tokens)
     examples = [encode(exp.base.tokenizer, row.question, a) for row, a in zip(exp.heldout, result.answers, strict=True)]
     np.testing.assert_allclose(result.perplexities, evaluate_losses(exp.base, examples).exp(), rtol=1e-4)
 

@@ -230,7 +230,7 @@ def test_answers_are_the_models_own_to_the_requests_given(exp, start):
     assert list(said) == list(requests)
     for kind, asked in requests.items():
         assert said[kind] == generate(start, exp.encoded(asked), max_new_tokens=exp.params.max_new_tokens)
-        assert exp.examples(asked, said[kind]) == [
+        assert exp.encoded(asked, said[kind]) == [
             encode(exp.base.tokenizer, request, answer) for request, answer in zip(asked, said[kind], strict=True)
         ]
 
