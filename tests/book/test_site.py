@@ -372,6 +372,21 @@ def test_a_reference_page_begins_each_module_with_a_table_and_shows_the_source(o
             assert section.locator("a:has(.viewcode-link)").count() >= 1
 
 
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_lines_of_a_method_are_highlighted_and_lead_to_their_place_in_the_whole_file(opened, name):
+    page = opened(name)
+    listings = page.locator(".tag_remove-input .cell_output .highlight-python")
+    links = page.locator(".tag_remove-input .cell_output p:has-text('From') a")
+    assert listings.count() == links.count() > 0
+    for listing, link in zip(listings.all(), links.all(), strict=True):
+        colours = "node => new Set([...node.querySelectorAll('span')].map(e => getComputedStyle(e).color)).size"
+        assert listing.evaluate(colours) > 2
+        (defined,) = re.findall(r"^def (\w+)\(", listing.inner_text(), flags=re.MULTILINE)
+        file, _, place = link.evaluate("node => node.href").removeprefix("file://").partition("#")
+        assert place.rpartition(".")[2] == defined
+        assert f'id="{place}"' in Path(file).read_text("utf-8")
+
+
 @pytest.mark.parametrize("name", CLOSER)
 def test_a_chart_to_look_closer_at_needs_no_javascript_and_answers_to_hover_focus_and_legend(opened, name):
     page = opened(name, java_script_enabled=False)

@@ -1,4 +1,4 @@
-"""The mathematics is on the page: listings of the functions that are run, in every chapter, and their output in sight."""
+"""The mathematics is on the page: every chapter shows the lines of its method from their source."""
 
 import ast
 import inspect

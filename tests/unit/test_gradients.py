@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from helpers.chat import collate, encode, training_batches
-from helpers.gradients import RecordCosines, activation_gradients, gradient_statistics, pile_gradient, uncentred_pca
+from helpers.gradients import (
+    RecordCosines,
+    activation_gradients,
+    add_mean_gradient,
+    gradient_statistics,
+    pile_gradient,
+    uncentred_pca,
+)
 from helpers.interventions import EditGradient, Steer, applied
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.models import load, plain_model, plain_name
@@ -298,6 +305,15 @@ def test_a_piles_gradient_is_the_mean_of_its_examples_own_gradients_whatever_the
         assert gradient.dtype == torch.float32 and not gradient.requires_grad
         assert float((gradient - expected).abs().max()) < 2e-5 * float(expected.abs().max()), name
     assert all(p.grad is None for p in tiny.hf.parameters())
+
+
+def test_a_mean_gradient_is_added_to_what_is_there(fresh, pile):
+    expected = pile_gradient(fresh, pile)
+    for _ in range(2):
+        add_mean_gradient(fresh, pile, sequence_losses, 2)
+    for name, p in fresh.hf.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, 2 * expected[plain_name(name)], atol=1e-6, rtol=1e-4)
 
 
 def test_a_longer_answer_weighs_no_more_than_a_short_one(tiny, pile, one_by_one):

@@ -31,7 +31,7 @@ def documented():
     # a comment
     first = 1
 
-    return first
+    return first + 1
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_listing_is_the_source_without_its_docstring():
 
 @pytest.mark.usefixtures("here")
 def test_comments_and_blank_lines_of_the_body_stay():
-    wanted = ["def documented():", "    # a comment", "    first = 1", "", "    return first"]
+    wanted = ["def documented():", "    # a comment", "    first = 1", "", "    return first + 1"]
     assert code(show_source(documented)).splitlines() == wanted
 
 

@@ -3,14 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.mixture import GaussianMixture
 
 from helpers.chapters.fihs_filtering.method import (
     SafetyScore,
     anchor_similarity,
+    equal_posterior,
     equal_retention,
     fihs,
     guess_threshold,
+    hard_cut,
     search_threshold,
+    standard_threshold,
+    unsafe_over_safe,
 )
 from helpers.chat import Example, collate, encode
 from helpers.corpora import load_points, load_refusal
@@ -162,7 +167,46 @@ def test_fihs_is_the_change_of_the_safety_score_that_a_small_step_makes(model, p
     assert auroc(found[n:].numpy(), [1] * 5 + [0] * 5).value == 1.0
 
 
+def test_larger_is_less_safe():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]])
+    assert unsafe_over_safe(logits, unsafe=0, safe=1).tolist() == [2.0, -2.0]
+
+
 # Thresholds
+
+
+def two_kinds(low, high, spread, weights=(0.5, 0.5)):
+    """A mixture that needs no fit."""
+    mixture = GaussianMixture(2)
+    mixture.weights_, mixture.means_ = np.array(weights), np.array([[low], [high]], dtype=float)
+    mixture.covariances_ = np.full((2, 1, 1), spread**2)
+    mixture.precisions_cholesky_ = np.full((2, 1, 1), 1 / spread)
+    return mixture
+
+
+@pytest.mark.parametrize(("weights", "moved"), [((0.5, 0.5), 0.0), ((0.9, 0.1), np.log(9) / 4)])
+def test_two_gaussians_of_one_spread_are_equally_likely_where_the_closed_form_says(weights, moved):
+    """The midpoint, moved by spread^2 / (high - low) log(w_low / w_high)."""
+    assert equal_posterior(two_kinds(-2, 2, 1.0, weights)) == pytest.approx(moved)
+
+
+def test_where_one_kind_is_likelier_all_the_way_there_is_no_such_place():
+    assert equal_posterior(two_kinds(-0.1, 0.1, 1.0, (0.99, 0.01))) is None
+
+
+def test_hard_labels_are_cut_at_the_highest_point_of_the_lower_kind():
+    z = np.array([-3.0, -2.0, -0.5, 0.5, 3.0])[:, None]
+    assert hard_cut(z, two_kinds(-2, 2, 1.0)) == -0.5
+
+
+def test_standard_scores_of_one_kind_are_cut_at_two_and_of_two_kinds_where_both_are_equally_likely():
+    draws = np.random.default_rng(0).normal(size=(200, 1))
+    one = (draws - draws.mean()) / draws.std()
+    cut, ratio, mixture = standard_threshold(one, required=10.0, seed=0)
+    assert (cut, mixture) == (2.0, None) and ratio < 10
+    both = np.concatenate([one[:100] - 6, one[100:] + 6])
+    cut, ratio, mixture = standard_threshold(both / both.std(), required=10.0, seed=0)
+    assert ratio > 10 and cut == pytest.approx(equal_posterior(mixture)) and abs(cut) < 0.5
 
 
 def test_one_kind_of_scores_is_cut_at_two_standard_deviations():

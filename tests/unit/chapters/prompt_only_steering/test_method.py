@@ -9,6 +9,8 @@ from helpers.chapters.prompt_only_steering.method import (
     Pair,
     Run,
     States,
+    features,
+    joint_optimizer,
     load_vector,
     save_vector,
     simpo_loss,
@@ -119,6 +121,25 @@ def test_the_start_is_the_published_one():
     assert float(factor) == pytest.approx(400)
     assert float(vector.abs().max()) <= 8 / 100
     assert float(vector.abs().mean()) == pytest.approx(4 / 100, rel=0.05)
+
+
+def test_features_are_factor_times_vector_run_by_run():
+    factors, vectors = [torch.tensor(2.0), torch.tensor(-1.0)], [torch.tensor([1.0, 3.0]), torch.tensor([4.0, 0.0])]
+    assert features(factors, vectors).tolist() == [[2.0, 6.0], [-4.0, -0.0]]
+
+
+def test_every_run_has_two_rates_that_fall_linearly_to_zero(pairs):
+    each = runs(pairs, vector_rate=0.04)
+    factors, vectors = ([torch.ones(size, requires_grad=True) for _ in each] for size in ((), (3,)))
+    optimizer, schedule = joint_optimizer(each, factors, vectors, steps=4)
+    rate = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for step in range(5):
+        for run, a, v in zip(each, factors, vectors, strict=True):
+            left = 1 - step / 4
+            assert rate[id(a)]["lr"] == pytest.approx(run.factor_rate * left)
+            assert rate[id(v)]["lr"] == pytest.approx(run.vector_rate * left)
+        optimizer.step()
+        schedule.step()
 
 
 def test_the_first_step_is_adams_by_hand(model, pairs):

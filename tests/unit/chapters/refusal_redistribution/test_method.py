@@ -1,5 +1,6 @@
 """Matching losses are their closed forms; pools, batches and the extra loss are what a direct computation gives."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -9,9 +10,11 @@ from helpers.chapters.refusal_redistribution.method import (
     KeepStream,
     PoolShares,
     Redistribution,
+    covariance_loss,
     covariance_matching,
     distillation,
     head,
+    mean_loss,
     mean_matching,
     pool,
     pool_weights,
@@ -62,6 +65,26 @@ def test_matching_losses_are_the_dense_formulas(width, counts):
     expected = (torch.linalg.matrix_norm(difference) ** 2).mean() / width**2
     torch.testing.assert_close(covariance_matching(z, harmful, "L2"), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(covariance_matching(z, harmful, "L1"), difference.abs().mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["L1", "L2"])
+def test_losses_of_two_classes_are_those_of_the_batch_that_holds_both(norm):
+    harmful = kinds(4, 6)
+    z = random(2, 10, 40)
+    one, other = z[:, harmful], z[:, ~harmful]
+    torch.testing.assert_close(mean_loss(one, other, norm), mean_matching(z, harmful, norm))
+    torch.testing.assert_close(covariance_loss(one, other, norm), covariance_matching(z, harmful, norm))
+    torch.testing.assert_close(covariance_loss(one, other, norm), covariance_loss(other, one, norm))
+    assert float(covariance_loss(one, one + 3.0, norm)) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_two_terms_are_weighted_and_only_a_relative_match_is_divided_by_its_first_value():
+    matching, divergence = torch.tensor(6.0), torch.tensor(0.5)
+    settings = Redistribution("mean", weight=10.0, kd_weight=4.0)
+    assert float(settings.weighted(matching, divergence, first=3.0)) == 62.0
+    relative = replace(settings, relative=True)
+    assert float(relative.weighted(matching, divergence, first=3.0)) == 22.0
+    assert float(relative.weighted(matching, divergence, first=0.0)) == 62.0
 
 
 @pytest.mark.parametrize("width", [3, 40])
