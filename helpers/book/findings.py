@@ -170,7 +170,7 @@ class RunParams(Protocol):
 
 @runtime_checkable
 class RecordingJudge(Protocol):
-    """A judge that says by which method it judged; `helpers.judges.APIJudge` is one."""
+    """A judge that says by which method it judged; `helpers.judges.api.APIJudge` is one."""
 
     def record(self) -> dict[str, str | int]: ...
 

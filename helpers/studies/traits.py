@@ -24,7 +24,8 @@ from helpers.chat import Answer, Example, answer_facts, answers_of, encode, trai
 from helpers.generation import generate
 from helpers.gradients import GradientStatistics, RecordCosines, gradient_statistics
 from helpers.interventions import EditGradient, EditMode, Intervention
-from helpers.judges import TraitJudge, diverse_negatives, repetition_rate
+from helpers.judges.classifier import TraitJudge, diverse_negatives
+from helpers.judges.repetition import repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.models import LoRA, Model, load
 from helpers.studies.defences import inoculated, preventative_steering

@@ -25,7 +25,7 @@ from helpers.corpora import (
     split,
 )
 from helpers.cues import EXCEPTIONS, LIMIT, contrasts, cue_table, form_auroc, length_auroc
-from helpers.judges import is_compliance, is_refusal
+from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.models import plain_model
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")

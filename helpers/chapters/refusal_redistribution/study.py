@@ -36,7 +36,7 @@ from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chat import Answer, Example, answer_facts, answers_of, balanced_batches, encode
 from helpers.generation import generate
 from helpers.interventions import AblateRows, Intervention
-from helpers.judges import is_refusal
+from helpers.judges.refusal import is_refusal
 from helpers.losses import evaluate_losses
 from helpers.models import LoRA, Model, finetuned_digest, load, release_memory
 from helpers.probes import fit_leace

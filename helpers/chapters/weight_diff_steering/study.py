@@ -33,7 +33,8 @@ from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chat import Answer, Example, answer_facts, answers_of, encode, training_batches
 from helpers.generation import generate
 from helpers.gradients import directional_derivatives, pile_gradient
-from helpers.judges import APIJudge, TopicJudge, TraitJudge
+from helpers.judges.api import APIJudge
+from helpers.judges.classifier import TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.models import Model, finetuned_digest, load, release_memory
 from helpers.training import finetune
