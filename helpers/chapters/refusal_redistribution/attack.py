@@ -33,6 +33,7 @@ from helpers.chapters.refusal_redistribution.method import unembed
 from helpers.chat import Batch, Example, batches, shared_start
 from helpers.interventions import Ablate, AblateRows, Hook, Intervention, SteerRows, applied, resid_post
 from helpers.models import Model, chosen_rows
+from helpers.probes import orthonormal
 
 Scoring = Literal["halved", "exhaustive"]
 
@@ -581,12 +582,6 @@ def iterated_ablation(
         if after is not None:
             after(k, basis)
     return steps
-
-
-def orthonormal(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
-    """Gram-Schmidt by QR, each direction pointing the way that it did."""
-    q, r = torch.linalg.qr(directions.cpu().double().T)
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.float().contiguous()
 
 
 # What the attack achieved
