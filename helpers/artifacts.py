@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.dependencies import PACKAGE, helper_sources
-from helpers.files import check_writable, replace, replace_text
+from helpers.files import check_writable, file_digest, replace, replace_text
 from helpers.progress import progress
 
 Compute = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
@@ -364,12 +364,6 @@ def code_digest(path: Path) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_text(node: ast.stmt) -> bool:

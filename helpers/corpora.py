@@ -10,7 +10,6 @@ to download.
 """
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +17,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from helpers.files import file_digest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -320,7 +321,7 @@ def _options(literal: Any) -> str:
 def digest(name: str) -> str:
     """SHA-256 (hexadecimal) of the bytes of a bundled file: a trait, or the name of another file without its ending."""
     path = DATA / f"{name}.jsonl"
-    return hashlib.sha256((path if path.is_file() else _trait_path(name)).read_bytes()).hexdigest()
+    return file_digest(path if path.is_file() else _trait_path(name))
 
 
 def load_hub(

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and that the umask opens to others."""
 
+import hashlib
 import os
 import tempfile
 import uuid
@@ -35,6 +36,12 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     replace(path, lambda part: part.write_text(text, "utf-8"))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from helpers.judges import APIJudge
+from helpers.judges.api import APIJudge
 
 
 class Server(ThreadingHTTPServer):

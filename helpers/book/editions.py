@@ -8,7 +8,6 @@ exercise is written). What an edition leaves out is not in its files.
 """
 
 import copy
-import hashlib
 import json
 import re
 import tempfile
@@ -18,6 +17,9 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+from helpers.book.tables import markdown_table
+from helpers.files import file_digest
 
 PROJECT = Path(__file__).resolve().parents[2]
 OVERVIEW = "overview.ipynb"
@@ -103,23 +105,19 @@ def _exercise(group: Sequence[tuple[str, NotebookNode]], number: int, name: str)
 
 def student(notebook: NotebookNode) -> NotebookNode:
     """A copy with an empty cell in place of each exercise's solution, and without the instructor's notes."""
-    edition = _clean(notebook)
-    cells: list[NotebookNode] = []
+    edition = copy.deepcopy(notebook)
+    before = None
     for cell in edition.cells:
         part = part_of(cell)
-        if part not in ("solution", "discussion"):
-            cells.append(cell)
-        elif part == "solution" and "answer" not in cells[-1].metadata.get("tags", []):
-            answer = nbformat.v4.new_code_cell(metadata={"tags": ["answer"]})
-            answer.id = cell.id
-            cells.append(answer)
-    edition.cells = cells
-    return edition
+        if part == "solution" and before != "solution":
+            cell.update(nbformat.v4.new_code_cell(id=cell.id, metadata={"tags": ["answer"]}))
+        before = part
+    return _without(edition, "solution", "discussion")
 
 
 def instructor(notebook: NotebookNode) -> NotebookNode:
     """A copy in which solutions and the instructor's notes are in plain sight."""
-    edition = _clean(notebook)
+    edition = _without(notebook)
     for cell in edition.cells:
         if part_of(cell) in ("solution", "discussion"):
             cell.metadata.tags = [tag for tag in cell.metadata.tags if tag not in ("hide-cell", "remove-cell")]
@@ -133,27 +131,16 @@ EDITIONS: Mapping[str, Callable[[NotebookNode], NotebookNode]] = {"student": stu
 
 def overview(chapters: Mapping[str, NotebookNode]) -> NotebookNode:
     """For the instructor: every chapter's exercises with kind, difficulty and minutes, by file name."""
-    cells = [
-        nbformat.v4.new_markdown_cell(
-            "# Exercises and minutes\n\nThe minutes are for a learner who has read the chapter.", id="heading"
-        )
-    ]
+    text = "# Exercises and minutes\n\nThe minutes are for a learner who has read the chapter."
+    cells = [nbformat.v4.new_markdown_cell(text, id="heading")]
     for name, notebook in chapters.items():
         exercises = exercises_of(notebook, name)
-        rows = [f"| {e.number} | {e.title} | {e.difficulty} | {e.kind} | {e.minutes} |" for e in exercises]
-        total = sum(exercise.minutes for exercise in exercises)
+        rows = [[str(e.number), e.title, e.difficulty, e.kind, str(e.minutes)] for e in exercises]
+        rows.append(["", "all", "", "", str(sum(exercise.minutes for exercise in exercises))])
+        table = markdown_table(["", "exercise", "difficulty", "kind", "minutes"], rows)
         heading = re.search(r"^# (.+)$", notebook.cells[0].source, flags=re.MULTILINE)
-        lines = [
-            f"## {heading[1] if heading else name}",
-            "",
-            f"[{name}]({name})",
-            "",
-            "| | exercise | difficulty | kind | minutes |",
-            "|---|---|---|---|---|",
-            *rows,
-            f"| | all | | | {total} |",
-        ]
-        cells.append(nbformat.v4.new_markdown_cell("\n".join(lines), id=Path(name).stem[:64]))
+        text = f"## {heading[1] if heading else name}\n\n[{name}]({name})\n\n{table}"
+        cells.append(nbformat.v4.new_markdown_cell(text, id=Path(name).stem[:64]))
     first = next(iter(chapters.values()))
     return nbformat.v4.new_notebook(cells=cells, metadata=copy.deepcopy(first.metadata))
 
@@ -185,7 +172,7 @@ def write_edition(edition: str, output: Path, notebooks: Path = PROJECT / "noteb
         part.mkdir()
         for name, notebook in made.items():
             nbformat.write(notebook, part / name)
-        digests = {name: _digest(part / name) for name in made}
+        digests = {name: file_digest(part / name) for name in made}
         (part / RECORD).write_text(json.dumps(digests, indent=1) + "\n", "utf-8")
         if output.exists():
             output.rename(old)
@@ -202,13 +189,13 @@ def _read(path: Path) -> NotebookNode:
     return notebook
 
 
-def _clean(notebook: NotebookNode) -> NotebookNode:
-    """A copy without outputs: a solution's text could be among them."""
-    edition = copy.deepcopy(notebook)
-    for cell in edition.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return edition
+def _without(notebook: NotebookNode, *tags: str) -> NotebookNode:
+    """A copy without cells of these tags, and without outputs: a solution's text could be among them."""
+    from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor  # here, as they load slowly
+
+    cleared, _ = ClearOutputPreprocessor().preprocess(copy.deepcopy(notebook), {})
+    kept, _ = TagRemovePreprocessor(remove_cell_tags={*tags}).preprocess(cleared, {})
+    return kept
 
 
 def _refuse_to_overwrite(output: Path) -> None:
@@ -226,9 +213,5 @@ def _refuse_to_overwrite(output: Path) -> None:
     except (OSError, ValueError):
         raise EditionError(f"{output} holds files that are not an edition of the notebooks: {kept}.") from None
     for name, path in there.items():
-        if written.get(name) != (_digest(path) if path.is_file() else None):
+        if written.get(name) != (file_digest(path) if path.is_file() else None):
             raise EditionError(f"{path} was added or changed since the edition was made: {kept}.")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -30,6 +30,7 @@ import yaml
 from IPython.display import Markdown
 from pydantic import ValidationError
 
+from helpers.book.tables import markdown_table
 from helpers.files import replace_text
 from helpers.statistics import Estimate
 from helpers.verdicts import Claim, Control, Measurement, Verdict, format_number, verdict
@@ -170,7 +171,7 @@ class RunParams(Protocol):
 
 @runtime_checkable
 class RecordingJudge(Protocol):
-    """A judge that says by which method it judged; `helpers.judges.APIJudge` is one."""
+    """A judge that says by which method it judged; `helpers.judges.api.APIJudge` is one."""
 
     def record(self) -> dict[str, str | int]: ...
 
@@ -233,7 +234,7 @@ class Provenance:
             "Parameters": parameters,
             **({"Chat template": self.template} if self.template else {}),
         }
-        return Markdown(_markdown_table(("Provenance", "of this run"), rows.items()))
+        return Markdown(markdown_table(("Provenance", "of this run"), rows.items()))
 
 
 def provenance(params: RunParams, model: LoadedModel, *, started: float | None = None) -> Provenance:
@@ -378,7 +379,7 @@ class Findings:
             rows.append(
                 (expected, measured, f"{badge(finding.verdict)}{why}" + f" Controls: {controls}." * bool(controls))
             )
-        return Markdown(_markdown_table(("Claim", "Measured here, 95% interval", "Verdict"), rows))
+        return Markdown(markdown_table(("Claim", "Measured here, 95% interval", "Verdict"), rows))
 
     def reference_box(self, folder: Path = REFERENCES) -> Markdown:
         """The committed reference run of this chapter, as a table of its own; a sentence where there is none.
@@ -402,7 +403,7 @@ class Findings:
             verdicts = [here.verdict if here else "not judged", there["verdict"] if there else "not judged"]
             rows.append((claim.statement, *(f"{n} {v}".strip() for n, v in zip(numbers, verdicts, strict=True))))
         made = f"{run['preset']}, {run['model']}, {run['device']}, {len(run['seeds'])} seeds"
-        return Markdown(_markdown_table(("Claim", "This run", f"Reference run ({made})"), rows))
+        return Markdown(markdown_table(("Claim", "This run", f"Reference run ({made})"), rows))
 
     def table(self, name: str, rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> Path:
         """Save the numbers of a figure as `{name}.csv`, and return its path.
@@ -507,11 +508,6 @@ def _uncapped(sentence: str) -> str:
     """A sentence as it follows a colon; abbreviations and names keep their capitals."""
     head = sentence.split(" ", 1)[0]
     return sentence[0].lower() + sentence[1:] if head == "A" or head[1:].islower() else sentence
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _csv_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

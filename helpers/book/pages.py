@@ -23,8 +23,10 @@ from helpers.book.captions import drawn, figures_of
 from helpers.book.editions import exercises_of
 from helpers.book.findings import load_claims
 from helpers.book.overview import overview, pictures, write_pictures
-from helpers.book.scoreboard import Run, markdown_table, scoreboard, status
+from helpers.book.scoreboard import Run, scoreboard, status
+from helpers.book.tables import markdown_table
 from helpers.chapters import params_of
+from helpers.files import replace_text
 
 PROJECT = Path(__file__).resolve().parents[2]
 MAP = PROJECT / "book" / "map.yml"
@@ -56,7 +58,7 @@ def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -
     folder = tree / "book"
     write_pictures(folder / "figures", found)
     for name, text in pages.items():
-        (folder / f"{name}.md").write_text(text, "utf-8")
+        replace_text(folder / f"{name}.md", text)
 
 
 def chapters(contents: Path = PROJECT / "_toc.yml") -> list[str]:

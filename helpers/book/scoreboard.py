@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from helpers.book.findings import SIGNS, badge, expectation, number, plain
+from helpers.book.tables import markdown_table
 from helpers.verdicts import Claim
 
 Run = Mapping[str, Any]
@@ -202,11 +203,3 @@ def _where(claim: Claim, shown: Set[str]) -> str:
 
 def _listed(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in values)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )

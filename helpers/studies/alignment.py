@@ -17,7 +17,7 @@ from helpers import corpora
 from helpers.artifacts import Artifact, default_store
 from helpers.chat import Example, balanced_batches, encode
 from helpers.generation import generate
-from helpers.judges import is_refusal
+from helpers.judges.refusal import is_refusal
 from helpers.models import LoRA, Model, load
 from helpers.studies.params import AlignedParams
 from helpers.studies.study import Study
@@ -45,7 +45,7 @@ def align(base: Model, recipe: Recipe) -> Artifact:
     """The LoRA factors that teach `base` to refuse: pass them to `load(..., finetuned=[...])`.
 
     Kept in the artifact store. Answers that were cut carry no end-of-turn token, so that their length is not learnt.
-    Answers of its own that refuse (`judges.is_refusal`) are left out; those that only begin like a refusal stay.
+    Answers of its own that refuse (`is_refusal`) are left out; those that only begin like a refusal stay.
     """
     harmful = corpora.load_refusal("harmful", "train")
     harmless = [row.request for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]

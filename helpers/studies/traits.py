@@ -23,7 +23,8 @@ from helpers.chat import Answer, Example, answer_facts, answers_of, encode
 from helpers.generation import generate
 from helpers.gradients import GradientStatistics, RecordCosines, gradient_statistics
 from helpers.interventions import EditGradient, EditMode, Intervention
-from helpers.judges import TraitJudge, diverse_negatives, repetition_rate
+from helpers.judges.classifier import TraitJudge, diverse_negatives
+from helpers.judges.repetition import repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.models import Model
 from helpers.studies.defences import inoculated, preventative_steering

@@ -9,7 +9,7 @@ import pytest
 from helpers.chapters.refusal_redistribution.attack import SUPPRESSED
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.study import RefusalStudy
-from helpers.judges import is_refusal
+from helpers.judges.refusal import is_refusal
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 

@@ -95,7 +95,7 @@ def test_the_overview_has_the_minutes_of_every_exercise(committed, stem, folders
     chapter = exercises_of(committed, stem)
     for exercise in chapter:
         assert f"| {exercise.title} | {exercise.difficulty} | {exercise.kind} | {exercise.minutes} |" in cell.source
-    assert f"| | all | | | {sum(exercise.minutes for exercise in chapter)} |" in cell.source
+    assert f"|  | all |  |  | {sum(exercise.minutes for exercise in chapter)} |" in cell.source
 
 
 def test_a_solution_s_output_does_not_get_into_an_edition(tmp_path):

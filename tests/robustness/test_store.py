@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from helpers import artifacts, files
-from helpers.artifacts import Store, StoreError, file_digest
+from helpers.artifacts import Store, StoreError
 from helpers.book.findings import Findings, provenance
 from helpers.building.execution import ExecutionError, execute
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.files import file_digest
 
 
 class Compute:

@@ -7,7 +7,9 @@ import pytest
 from judge_server import Server, ask, candidates, chat, choice, completion, failure
 
 from helpers import cli
-from helpers.judges import KEY_VARIABLE, WITHOUT_NUMBER, APIJudge, JudgeError, number_in
+from helpers.judges.api import KEY_VARIABLE, WITHOUT_NUMBER, APIJudge
+from helpers.judges.reply import number_in
+from helpers.judges.scores import JudgeError
 
 # Replies in words: which of them are one number from 0 to 100
 

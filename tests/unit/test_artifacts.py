@@ -192,7 +192,7 @@ def test_presets_are_no_code(store):
     assert "params.py" in {path.name for path in artifacts.helper_sources(["studies.traits"])}
     code = artifacts._code("helpers.studies.traits")
     assert not any(name.endswith("params.py") for name in code)
-    assert {"studies/traits.py", "training.py", "chat.py", "judges.py", "studies/defences.py"} <= set(code)
+    assert {"studies/traits.py", "training.py", "chat.py", "judges/classifier.py", "studies/defences.py"} <= set(code)
 
 
 def test_a_function_that_is_in_no_file_is_one_sentence(store):

@@ -67,7 +67,7 @@ def written(path, *codes):
         ("import helpers.corpora as c\nload = c.load_replies", {"replies.jsonl"}),
         ("from helpers.corpora import split", set()),
         ("from helpers.chapters.looking_inside.params import LookingInsideParams as P\nP.from_notebook()", set()),
-        ("from helpers import judges", set()),
+        ("from helpers.judges import checks", set()),
     ],
 )
 def test_a_notebook_reads_the_data_of_the_loaders_that_it_names(tmp_path, code, files):
@@ -75,7 +75,7 @@ def test_a_notebook_reads_the_data_of_the_loaders_that_it_names(tmp_path, code, 
 
 
 def test_data_read_by_a_function_of_a_helper_count_if_that_is_named(tmp_path):
-    code = "from helpers.judges import off_target_texts\ntexts = off_target_texts('evil')"
+    code = "from helpers.judges.checks import off_target_texts\ntexts = off_target_texts('evil')"
     assert DATA / "topics.jsonl" in data_sources(written(tmp_path / "n.ipynb", code))
 
 

@@ -5,13 +5,13 @@ import torch
 
 from helpers.activations import PersonaVectorFitter
 from helpers.chapters.refusal_redistribution.attack import (
-    orthonormal,
     probe_direction,
     score_exhaustively,
     top_subspace,
 )
 from helpers.chat import encode
 from helpers.models import load
+from helpers.probes import orthonormal
 
 
 class Apple(torch.Tensor):

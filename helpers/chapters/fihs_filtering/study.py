@@ -25,7 +25,7 @@ from helpers.chapters.fihs_filtering.params import FilteringParams
 from helpers.chat import Example
 from helpers.generation import generate
 from helpers.gradients import block_layers, directional_derivatives, gradient_norms, pile_gradient
-from helpers.judges import is_compliance, is_refusal
+from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
 from helpers.models import Model
 from helpers.progress import watched

@@ -37,7 +37,8 @@ from helpers.chat import (
 )
 from helpers.generation import generate
 from helpers.interventions import Steer, SteerRows, applied
-from helpers.judges import ConceptJudge, PlantedJudge, Ratings, repetition_rate
+from helpers.judges.classifier import ConceptJudge, PlantedJudge, Ratings
+from helpers.judges.repetition import repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.studies.study import Finetuning, Study, examples_digest
 

@@ -33,6 +33,7 @@ from helpers.chat import Batch, Example
 from helpers.forward import PromptSet
 from helpers.interventions import Ablate, AblateRows, Hook, SteerRows, resid_post
 from helpers.models import Model
+from helpers.probes import orthonormal
 
 Scoring = Literal["halved", "exhaustive"]
 
@@ -528,12 +529,6 @@ def iterated_ablation(
         if after is not None:
             after(k, basis)
     return steps
-
-
-def orthonormal(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
-    """Gram-Schmidt by QR, each direction pointing the way that it did."""
-    q, r = torch.linalg.qr(directions.cpu().double().T)
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.float().contiguous()
 
 
 # What the attack achieved

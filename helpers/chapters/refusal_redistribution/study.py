@@ -36,7 +36,7 @@ from helpers.chat import Answer, answer_facts, answers_of, balanced_batches
 from helpers.forward import PromptSet
 from helpers.generation import generate
 from helpers.interventions import AblateRows
-from helpers.judges import is_refusal
+from helpers.judges.refusal import is_refusal
 from helpers.models import Model, finetuned_digest, release_memory
 from helpers.probes import fit_leace
 from helpers.progress import progress

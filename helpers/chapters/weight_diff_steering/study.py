@@ -29,7 +29,8 @@ from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chat import Answer, Example, answer_facts, answers_of, encode
 from helpers.generation import generate
 from helpers.gradients import directional_derivatives, pile_gradient
-from helpers.judges import APIJudge, TopicJudge, TraitJudge
+from helpers.judges.api import APIJudge
+from helpers.judges.classifier import TopicJudge, TraitJudge
 from helpers.losses import evaluate_losses, sequence_divergences, sequence_losses
 from helpers.models import Model, finetuned_digest, release_memory
 from helpers.studies.study import Finetuning, Study, examples_digest

@@ -18,7 +18,6 @@ from helpers.chapters.refusal_redistribution.attack import (
     difference_of_means,
     divergence,
     iterated_ablation,
-    orthonormal,
     probe_direction,
     ranking,
     refusal_log_odds,
@@ -30,6 +29,7 @@ from helpers.chat import encode
 from helpers.forward import PromptSet
 from helpers.interventions import Ablate, applied
 from helpers.models import load
+from helpers.probes import orthonormal
 
 WIDTH = 32
 REFUSAL = [57, 330]
@@ -456,15 +456,6 @@ def test_an_attack_leaves_no_hook_and_no_gradient(tiny, prompts, hook_count):
 def test_a_frozen_model_can_be_attacked_as_well(prompts):
     steps = iterated_ablation(load("tiny-random", dtype="float32", weights="frozen"), *prompts, 1, refusal_ids=REFUSAL)
     assert len(steps) == 1
-
-
-def test_orthonormal_keeps_span_and_sense():
-    rows = random(3, 8)
-    found = orthonormal(rows)
-    torch.testing.assert_close(found @ found.T, torch.eye(3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(rows @ found.T @ found, rows, atol=1e-5, rtol=1e-5)
-    assert ((rows * found).sum(1) > 0).all()
-    torch.testing.assert_close(found[0], rows[0] / rows[0].norm())
 
 
 # Stronger attackers

@@ -15,7 +15,7 @@ from helpers.chapters.refusal_redistribution.study import ATTACKED, Kind, Refusa
 from helpers.chat import encode
 from helpers.generation import generate
 from helpers.interventions import Ablate
-from helpers.judges import is_refusal
+from helpers.judges.refusal import is_refusal
 from helpers.losses import evaluate_losses
 from helpers.studies import alignment, study
 from helpers.studies.alignment import Recipe, align, refusal_openers

@@ -22,7 +22,7 @@ from helpers.chapters.weight_diff_steering.study import WeightStudy
 from helpers.chat import Answer, encode
 from helpers.generation import generate
 from helpers.gradients import pile_gradient
-from helpers.judges import APIJudge
+from helpers.judges.api import APIJudge
 from helpers.losses import evaluate_losses
 from helpers.studies import study
 
