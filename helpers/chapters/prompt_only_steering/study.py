@@ -423,7 +423,7 @@ class SteeringStudy(Study[PromptOnlyParams]):
                 said[k] = text
             return {}, answer_facts(said)
 
-        shown = [[pair.shown for pair in self.pairs(c)] for c in self.concepts]
+        shown = [[pair.shown for pair in self.pairs(c)] for c in self.concepts] if adapted else []
         kept = self.stage(
             "steering-answers",
             compute,
@@ -431,7 +431,7 @@ class SteeringStudy(Study[PromptOnlyParams]):
                 "asked": [[i, text] for _, i, text in asked],
                 "shifts": [[str(where), _digest(push)] for where, push in pushes],
                 "adapters": [[asdict(self._adapter(arm)), mine] for arm, mine in adapted.items()],
-                "shown": [examples_digest(of_one) for of_one in shown] if adapted else [],
+                "shown": [examples_digest(of_one) for of_one in shown],
                 "layer": self.params.layer,
                 "max_new_tokens": max_new_tokens,
             },

@@ -25,7 +25,6 @@ from helpers.chapters.refusal_redistribution.attack import (
     candidate_directions,
     coherent,
     iterated_ablation,
-    orthonormal,
     probe_direction,
     prompt_states,
     top_subspace,
@@ -38,7 +37,7 @@ from helpers.generation import generate
 from helpers.interventions import AblateRows
 from helpers.judges.refusal import is_refusal
 from helpers.models import Model, finetuned_digest, release_memory
-from helpers.probes import fit_leace
+from helpers.probes import fit_leace, orthonormal
 from helpers.progress import progress
 from helpers.studies.alignment import AlignedStudy, refusal_openers
 from helpers.studies.study import Finetuning
