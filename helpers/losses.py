@@ -123,10 +123,16 @@ def sequence_divergences(model: Model, batch: Batch, reference: Model) -> Float[
     """
     batch = batch.to(model.device)
     with torch.no_grad():
-        target = response_logits(reference, batch, share_prefix=True).log_softmax(-1)
-    found = response_logits(model, batch, share_prefix=True).log_softmax(-1)
-    kl = torch.nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(-1)
-    return _sequence_means(kl, batch)
+        target = response_logits(reference, batch, share_prefix=True)
+    return _sequence_means(kl_divergence(target, response_logits(model, batch, share_prefix=True)), batch)
+
+
+def kl_divergence(
+    reference: Float[Tensor, "*row vocabulary"], found: Float[Tensor, "*row vocabulary"]
+) -> Float[Tensor, "*row"]:
+    """KL(reference || found) of the next-token distributions that two sets of logits give, in nats."""
+    p, q = (logits.log_softmax(-1) for logits in (reference, found))
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
 
 
 @torch.no_grad()

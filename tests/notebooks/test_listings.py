@@ -18,7 +18,7 @@ WANTED = {
         "project_out",
         "difference_of_means",
         "refusal_log_odds",
-        "divergence",
+        "kl_divergence",
         "choose",
     },
     "05_fihs_filtering": {"fihs", "unsafe_over_safe", "standard_threshold", "equal_posterior"},

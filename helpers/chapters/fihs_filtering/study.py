@@ -74,12 +74,12 @@ class Outcome:
 
     @property
     def complied(self) -> Bool[Array, " request"]:
-        """Which attacks succeed (a proxy: `judges.is_compliance`)."""
+        """Which attacks succeed (a proxy: `judges.refusal.is_compliance`)."""
         return is_compliance(self.answers)
 
     @property
     def refused(self) -> Bool[Array, " request"]:
-        """Which of these requests are refused (a proxy: `judges.is_refusal`)."""
+        """Which of these requests are refused (a proxy: `judges.refusal.is_refusal`)."""
         return is_refusal(self.answers)
 
     @property

@@ -32,6 +32,7 @@ from torch import Tensor
 from helpers.chat import Batch, Example
 from helpers.forward import PromptSet
 from helpers.interventions import Ablate, AblateRows, Hook, SteerRows, resid_post
+from helpers.losses import kl_divergence
 from helpers.models import Model
 from helpers.probes import orthonormal
 
@@ -61,14 +62,6 @@ def refusal_log_odds(
     p = logits.cpu().double().softmax(-1)
     refuses = p[:, list(dict.fromkeys(refusal_ids))].sum(-1)  # P_R
     return (refuses + eps).log() - (1 - refuses + eps).log()
-
-
-def divergence(
-    before: Float[Tensor, "batch vocabulary"], after: Float[Tensor, "batch vocabulary"]
-) -> Float[Tensor, " batch"]:
-    """KL(before || after) in nats, of log-probabilities: how far an ablation moves the next token."""
-    kl = torch.nn.functional.kl_div(after, before, log_target=True, reduction="none")
-    return kl.sum(-1)
 
 
 def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...]:
@@ -246,7 +239,7 @@ class _Scorer:
         self.ablated = torch.zeros(0, model.width) if ablated is None else ablated.float().cpu()
         self.ends = [(_count(self.harmful, *this), _count(self.harmless, *this)) for this in rounds]
         reads = PromptSet.of(model, self.harmless, batch_size=batch_size)
-        self.before = reads.last_logits(model, ablating(self.ablated)).log_softmax(-1)
+        self.before = reads.last_logits(model, ablating(self.ablated))
         nothing = torch.full((len(self.raw), len(harmful) + 2 * len(harmless)), float("nan"), dtype=torch.float64)
         self.log_odds, self.kl, self.induce = nothing.split([len(harmful), len(harmless), len(harmless)], 1)
         self.read_ablated, self.read_added = ([0] * len(self.raw) for _ in range(2))
@@ -290,7 +283,7 @@ class _Scorer:
         for c, logits in zip(which, reads.last_logits(self.model, (each,)).split(len(prompts)), strict=True):
             of_harmful, of_harmless = logits.tensor_split([len(self.harmful[harmful])])
             self.log_odds[c, harmful] = refusal_log_odds(of_harmful, self.refusal_ids)
-            kl = divergence(self.before[harmless], of_harmless.log_softmax(-1))
+            kl = kl_divergence(self.before[harmless], of_harmless)
             self.kl[c, harmless] = kl.cpu().double()
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from torch import Tensor
 from helpers.chat import Batch
 from helpers.forward import unembed
 from helpers.interventions import Hook, resid_post
-from helpers.losses import response_logits
+from helpers.losses import kl_divergence, response_logits
 from helpers.models import Model
 
 Norm = Literal["L1", "L2"]
@@ -206,9 +206,8 @@ def distillation(
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """T^2 KL(p_teacher || p_student) of logits at temperature T, in nats, mean over the batch."""
-    p, q = ((_precise(z) / temperature).log_softmax(-1) for z in (teacher, student))
-    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
-    return temperature**2 * kl
+    p, q = (_precise(z) / temperature for z in (teacher, student))
+    return temperature**2 * kl_divergence(p, q).mean()
 
 
 # The extra loss of finetuning

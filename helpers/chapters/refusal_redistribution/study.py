@@ -36,6 +36,7 @@ from helpers.forward import PromptSet
 from helpers.generation import generate
 from helpers.interventions import AblateRows
 from helpers.judges.refusal import is_refusal
+from helpers.losses import kl_divergence
 from helpers.models import Model, finetuned_digest, release_memory
 from helpers.probes import fit_leace, orthonormal
 from helpers.progress import progress
@@ -82,7 +83,7 @@ class Judged:
     """Log perplexity of each answer under the model that was never trained, in nats per token."""
 
     def refused(self, kind: Kind) -> Bool[np.ndarray, "rows request"]:
-        """Which requests of a kind were refused (a proxy: `judges.is_refusal`)."""
+        """Which requests of a kind were refused (a proxy: `judges.refusal.is_refusal`)."""
         return np.stack([is_refusal(said) for said in self.answers[kind]])
 
     @property
@@ -272,7 +273,7 @@ def judge(study: RefusalStudy, model: Model, bases: Sequence[Float[Tensor, "_ d_
         return AblateRows(tuple(bases), tuple(row for row in range(len(bases)) for _ in requests))
 
     logits = PromptSet.of(model, harmless, copies=len(bases)).last_logits(model, (each(harmless),))
-    first = logits.log_softmax(-1).split(len(harmless))
+    first = logits.split(len(harmless))
     answers = generate(
         model,
         study.encoded([text for _, text in asked] * len(bases)),
@@ -289,10 +290,9 @@ def judge(study: RefusalStudy, model: Model, bases: Sequence[Float[Tensor, "_ d_
         kinds = [kind for kind, _ in asked]
         return {k: [[v for v, of in zip(row, kinds, strict=True) if of == k] for row in rows] for k in ATTACKED}
 
-    divergence = partial(torch.nn.functional.kl_div, log_target=True, reduction="none")
     return {
         "answers": {kind: [answer_facts(row) for row in rows] for kind, rows in by_kind(answers).items()},
-        "kl": [divergence(now, first[0]).sum(-1).tolist() for now in first],
+        "kl": [kl_divergence(first[0], now).tolist() for now in first],
         "base_nll": by_kind([nll[example] for example in examples]),
     }
 

@@ -60,12 +60,6 @@ class WeightVector:
         """The direction with `change(name, tensor)` in place of every tensor."""
         return WeightVector({name: change(name, tensor) for name, tensor in self.tensors.items()})
 
-    def scaled_to(self, norm: float) -> WeightVector:
-        """The same direction with another norm. Raises `ValueError` for a direction that is zero."""
-        if not self.norm > 0:
-            raise ValueError("This direction is zero everywhere, so it cannot be scaled: choose another restriction.")
-        return self.each(lambda _, tensor: tensor * (norm / self.norm))
-
 
 def difference(
     minuend: Mapping[str, Tensor],

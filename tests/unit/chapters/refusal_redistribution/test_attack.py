@@ -16,7 +16,6 @@ from helpers.chapters.refusal_redistribution.attack import (
     candidate_directions,
     choose,
     difference_of_means,
-    divergence,
     iterated_ablation,
     probe_direction,
     ranking,
@@ -89,14 +88,6 @@ def test_the_log_odds_of_certainty_are_those_of_eps():
         atol=1e-6,
         rtol=0,
     )
-
-
-def test_the_divergence_is_zero_where_nothing_moved_and_else_the_sum_over_the_vocabulary():
-    before, after = (random(3, 7, seed=seed).log_softmax(-1) for seed in (1, 2))
-    assert torch.equal(divergence(before, before), torch.zeros(3))
-    expected = (before.exp() * (before - after)).sum(-1)
-    torch.testing.assert_close(divergence(before, after), expected)
-    assert bool((expected > 0).all())
 
 
 def test_a_difference_of_means_points_to_harmful_whatever_the_numbers_of_prompts():

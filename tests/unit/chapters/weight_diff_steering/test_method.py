@@ -167,12 +167,6 @@ def test_a_digest_changes_with_any_value_or_name_and_with_nothing_else(v):
     assert len({v.digest, WeightVector(changed).digest, WeightVector(renamed).digest}) == 3
 
 
-def test_scaling_changes_the_norm_and_not_the_direction(v):
-    scaled = v.scaled_to(0.25)
-    assert scaled.norm == pytest.approx(0.25)
-    assert cosine(scaled, v) == pytest.approx(1)
-
-
 def test_alpha_reaches_the_ratio_asked_for_on_either_side(v, delta):
     for ratio in (0.03, -0.1):
         alpha = alpha_for(v, delta, ratio)
@@ -182,8 +176,6 @@ def test_alpha_reaches_the_ratio_asked_for_on_either_side(v, delta):
 
 def test_a_direction_that_is_zero_has_no_strength(v, delta):
     zero = only_layers(v, [99])
-    with pytest.raises(ValueError, match="zero everywhere, so it cannot be scaled"):
-        zero.scaled_to(1.0)
     with pytest.raises(ValueError, match="zero everywhere: no strength reaches a ratio"):
         alpha_for(zero, delta, 0.03)
 
@@ -424,7 +416,6 @@ def test_variants_leave_the_direction_itself_alone(v, delta):
     only_layers(v, [0])
     without_layers(v, [0])
     random_like(v, 0)
-    v.scaled_to(3.0)
     assert equal(v, before)
 
 
