@@ -434,11 +434,10 @@ def test_make_answers_what_it_cannot_use_with_one_sentence_and_makes_nothing(pro
 
 
 def test_one_chapter_s_parameters_and_claims_are_that_chapter_s_alone(project):
-    params, claims = project / "helpers" / "params.py", project / "book" / "claims.yml"
-    text, claimed = params.read_text(), claims.read_text()
-    tiny = text.index('chapter = "05_fihs_filtering"')
-    place = text.index('"learning_rate": ', tiny)
-    params.write_text(text[:place] + text[place:].replace('"learning_rate": ', '"learning_rate": 2 * ', 1))
+    presets = project / "helpers" / "chapters" / "fihs_filtering" / "presets.toml"
+    claims = project / "book" / "claims.yml"
+    text, claimed = presets.read_text(), claims.read_text()
+    presets.write_text(text.replace("learning_rate = ", "learning_rate = 2", 1))
     claims.write_text(claimed.replace("  chapter: 06_prompt_only_steering\n", "  chapter: 05_fihs_filtering\n", 1))
     (project / "data" / "quiz.jsonl").write_text("{}")
     command = [project / ".venv" / "bin" / "snakemake", "--cores", "1", "--config", "preset=tiny", "--summary"]
@@ -447,7 +446,7 @@ def test_one_chapter_s_parameters_and_claims_are_that_chapter_s_alone(project):
         plans = {Path(row.split("\t")[0]).name: row.split("\t")[-1] for row in done.stdout.splitlines()[1:]}
         assert plans["02_ip_loss_reduction"] == "no update" and plans["05_fihs_filtering"] == "update pending"
     finally:
-        params.write_text(text)
+        presets.write_text(text)
         claims.write_text(claimed)
 
 
