@@ -437,7 +437,7 @@ def test_one_chapter_s_parameters_and_claims_are_that_chapter_s_alone(project):
     presets = project / "helpers" / "chapters" / "fihs_filtering" / "presets.toml"
     claims = project / "book" / "claims.yml"
     text, claimed = presets.read_text(), claims.read_text()
-    presets.write_text(text.replace("learning_rate = ", "learning_rate = 2", 1))
+    presets.write_text(text.replace("learning_rate = 0.", "learning_rate = 0.1", 1))
     claims.write_text(claimed.replace("  chapter: 06_prompt_only_steering\n", "  chapter: 05_fihs_filtering\n", 1))
     (project / "data" / "quiz.jsonl").write_text("{}")
     command = [project / ".venv" / "bin" / "snakemake", "--cores", "1", "--config", "preset=tiny", "--summary"]
