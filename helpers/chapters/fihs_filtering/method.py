@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,14 +125,8 @@ def fihs(
 
     One forward-mode pass a batch (`gradients.directional_derivatives`). Raises as that does.
     """
-    slopes = directional_derivatives(
-        model,
-        examples,
-        safety_gradient,
-        loss=loss,
-        batch_size=batch_size,
-    )
-    return -slopes
+    slopes = partial(directional_derivatives, loss=loss, batch_size=batch_size)
+    return -slopes(model, examples, safety_gradient)
 
 
 # The threshold that the scores suggest
