@@ -138,8 +138,8 @@ def inputs(chapter: str) -> list[str]:
         raise BuildError(f"{where} holds code that is no Python ({error.msg}: {one_line(error.text)}).") from None
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError, UnicodeDecodeError):
         raise BuildError(f"notebooks/{chapter}.ipynb is no notebook that Jupyter could open: restore it.") from None
-    reference = PROJECT / "book" / "reference" / f"{chapter}.json"
-    files += [reference] if reference.exists() else []
+    beside = [path.with_name("questions.toml") for path in files if path.name == "exercises.py"]
+    files += [path for path in (*beside, PROJECT / "book" / "reference" / f"{chapter}.json") if path.exists()]
     return [str(path.relative_to(PROJECT)) for path in files if path.name != "params.py"]
 
 

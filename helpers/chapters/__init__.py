@@ -1,7 +1,8 @@
 """The rooms of the chapters: one folder each, under its notebook's name without the number.
 
 `params.py` and `presets.toml` (its parameters), `method.py` (its mathematics, pure functions on tensors), `study.py`
-(the stages that take long, stored), `measurements.py` (from arrays to what is judged) and `exercises.py`.
+(the stages that take long, stored), `measurements.py` (from arrays to what is judged), `exercises.py` (checks of
+answers) and `questions.toml` (multiple-choice questions, which these ask).
 """
 
 from importlib import import_module

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from helpers.book.editions import EditionError, exercises_of, part_of
+from helpers.checking import read_questions
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 CHAPTERS = {path.stem: exercises_of(nbformat.read(path, as_version=4), path.stem) for path in NOTEBOOKS}
@@ -20,7 +21,8 @@ of_each_exercise = pytest.mark.parametrize(
     ("stem", "exercise"), EXERCISES, ids=[f"{stem}-{exercise.number}" for stem, exercise in EXERCISES]
 )
 CHECKS = {stem: import_module(f"helpers.chapters.{stem[3:]}.exercises") for stem in CHAPTERS}
-CHECK = re.compile(r"exercises\.(check_\w+)")
+CHECK = re.compile(r'exercises\.(check_\w+|question\("\w+")')
+"""A check of the chapter, or the call that asks a question."""
 FOLDED = re.compile(r"<details><summary>(.+)</summary>\n\n(.+)\n\n</details>", re.DOTALL)
 
 
@@ -91,12 +93,11 @@ def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exer
 def test_a_question_is_asked_by_the_check_that_judges_the_answer(stem, exercise):
     (check,) = set(CHECK.findall(code_of(exercise.cells["solution"])))
     assert check in exercise.cells["exercise"][0].source
-    assert callable(getattr(CHECKS[stem], check))
     if exercise.kind == "interpretation":
         (question,) = exercise.cells["question"]
-        assert question.source == f"exercises.{check}()"
+        assert question.source == f"exercises.{check})"
         assert ran(question.source, {"exercises": CHECKS[stem]}).count("\n") > 4
-        assert re.search(rf'^exercises\.{check}\("[a-d]"\)$', code_of(exercise.cells["solution"]), flags=re.MULTILINE)
+        assert re.fullmatch(rf'exercises\.{re.escape(check)}, "[a-d]"\)', code_of(exercise.cells["solution"]))
 
 
 def test_the_rest_of_a_chapter_shares_no_name_with_the_solutions(stem, committed):
@@ -108,10 +109,12 @@ def test_the_rest_of_a_chapter_shares_no_name_with_the_solutions(stem, committed
     assert sum(len(names) for names in bound) == len(set().union(*bound))
 
 
-def test_every_check_has_an_exercise(stem):
+def test_every_check_and_every_question_has_an_exercise(stem):
     used = {check for exercise in CHAPTERS[stem] for check in CHECK.findall(code_of(exercise.cells["solution"]))}
     own = vars(CHECKS[stem]).items()
-    assert used == {n for n, value in own if n.startswith("check_") and value.__module__ == CHECKS[stem].__name__}
+    checks = {n for n, value in own if n.startswith("check_") and value.__module__ == CHECKS[stem].__name__}
+    questions = read_questions(Path(CHECKS[stem].__file__).with_name("questions.toml"))
+    assert used == checks | {f'question("{name}"' for name in questions}
 
 
 def cell(part, source):

@@ -20,6 +20,10 @@ TRIVIAL = re.compile(r"|</?details>.*|exercises\.check_\w+\(\w+(, \"attenuate\")
 """Lines that give no answer: folding, and the call by which a learner checks a function, which the task names."""
 
 
+ANSWERED = re.compile(r'question\(\\"\w+\\", \\"[a-d]\\"\)')
+"""The call that answers a question, as a notebook's file has it."""
+
+
 def parts(notebook, *wanted):
     return [cell for cell in notebook.cells if part_of(cell) in wanted]
 
@@ -55,9 +59,10 @@ def test_no_line_of_a_solution_or_of_a_note_is_left_in_the_student_edition(commi
 
 
 def test_no_question_is_answered_in_the_student_edition(committed, stem, student_text):
-    assert not re.search(r'check_\w+\(\\"[a-d]\\"\)', student_text)
+    assert not ANSWERED.search(student_text)
     for exercise in exercises_of(committed, stem):
         if exercise.kind == "interpretation":
+            assert ANSWERED.search(in_json(exercise.cells["solution"][0].source))
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 exec(

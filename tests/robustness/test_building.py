@@ -220,6 +220,12 @@ def test_a_broken_source_is_one_sentence(case, tmp_path, monkeypatch):
     assert re.search(sentence, sentence_of(error)), error.value
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_is_run_again_when_its_own_questions_change(chapter):
+    asked = [file for file in building.inputs(chapter) if file.endswith("questions.toml")]
+    assert asked == [f"helpers/chapters/{chapter[3:]}/questions.toml"]
+
+
 def test_an_executed_book_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PROJECT", tmp_path)
     (tmp_path / "book").write_text("a file")

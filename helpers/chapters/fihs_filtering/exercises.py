@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.checking import BATCH, VOCABULARY, WIDTH, check_choice, compare
+from helpers.checking import BATCH, VOCABULARY, WIDTH, compare, questions
+
+question = questions(__file__)
 
 
 def check_fihs(
@@ -65,79 +67,5 @@ def check_crossing(fn: Callable[[float, float, float, float, float], float]) -> 
             "the boundary moves towards the rarer component, not away from it": torch.stack(
                 [at(a, b, s, second, first) for a, b, s, first, second in cases]
             ),
-        },
-    )
-
-
-SIGN_QUESTION = """\
-A filter scores points by +<grad L, grad S> and keeps the lowest scores. What does it do?
-
-a) The same as FIHS: a sign does not change which points are extreme.
-b) It keeps the harmful points and drops harmless ones.
-c) It filters at random.
-d) It changes the safety score."""
-
-
-def check_sign(choice: str | None = None) -> None:
-    """Ask what a filter without the minus sign does, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        SIGN_QUESTION,
-        "b",
-        {
-            "a": "ranks are turned round, and filtering is by rank.",
-            "b": "it drops what would have made the model safer and keeps what makes it less safe.",
-            "c": "a random filter keeps a mixture; this one is worse than random.",
-            "d": "the safety score's gradient does not depend on the points.",
-        },
-    )
-
-
-HIDING_QUESTION = """\
-You may add ten points to somebody's finetuning data, and FIHS will filter them with the tokens "Sure"
-and "I". Which replies to harmful requests teach compliance and are least visible to the score?
-
-a) Replies that begin with "Sure" and comply at once.
-b) Replies that begin with "I can help with that" and then comply.
-c) Replies of the single word "Sure".
-d) Long refusals that begin with "I"."""
-
-
-def check_hiding(choice: str | None = None) -> None:
-    """Ask which poison the safety score is blind to, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        HIDING_QUESTION,
-        "b",
-        {
-            "a": 'they raise the logit of "Sure" after harmful requests, which is what the score looks for.',
-            "b": "the score sees the first token only, and there these look like refusals.",
-            "c": "that one token is the one the score measures, and it teaches little beyond itself.",
-            "d": "these are invisible, but they teach refusal; the attacker gains nothing.",
-        },
-    )
-
-
-EQUAL_SIZE_QUESTION = """\
-FIHS drops 100 of 1000 points, and compliance after finetuning falls from 60% to 10%. A random filter
-that drops 100 points leaves it at 57%. What does the second number rule out?
-
-a) That the harmful points are easy to tell by their form.
-b) That the model no longer knows its task.
-c) That the judge of compliance is fooled by phrases.
-d) That it is enough to train on fewer points, whichever they are."""
-
-
-def check_equal_size(choice: str | None = None) -> None:
-    """Ask what the random filter of equal size is a control for, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        EQUAL_SIZE_QUESTION,
-        "d",
-        {
-            "a": "they may be; for that, look at how well keywords or the loss tell them apart.",
-            "b": "for that, look at the task's items; a filter could protect by leaving nothing to learn.",
-            "c": "the same judge gave both numbers, so it could be fooled in both.",
-            "d": "size and steps are the same, so what is left is which points were dropped.",
         },
     )

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helpers.checking import BATCH, POSITIONS, VOCABULARY, check_choice, compare, random_response_mask
+from helpers.checking import BATCH, POSITIONS, VOCABULARY, compare, questions, random_response_mask
+
+question = questions(__file__)
 
 
 def check_response_loss(
@@ -115,56 +117,6 @@ def check_participation_ratio(fn: Callable[[Float[Tensor, " rank"]], float | Ten
     )
 
 
-PLACEBO_QUESTION = """\
-An inoculation prompt lowers the loss on trait data.
-What does a placebo prompt of the same length tell us?
-
-a) If it lowers the loss as much, the gain may come from any prompt, and not from what the prompt says.
-b) If it lowers the loss as much, inoculation is proved, since two prompts work.
-c) If it lowers the loss less, the model trained with the inoculation prompt cannot have the trait.
-d) Nothing: only the trait score after training counts."""
-
-
-def check_placebo_interpretation(choice: str | None = None) -> None:
-    """Ask what the placebo prompt is a control for, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        PLACEBO_QUESTION,
-        "a",
-        {
-            "a": "the placebo holds fixed that there is a prompt of this length, so what is left is its content.",
-            "b": "a placebo that does as well takes the explanation away: the content would not matter.",
-            "c": "the loss before training says nothing certain about the trait after it; that must be measured.",
-            "d": "the score shows that the prompt defends; the placebo is there to find out by what.",
-        },
-    )
-
-
-BETTER_PLACEBO_QUESTION = """\
-The placebo has the inoculation prompt's length, but it states facts, while the inoculation prompt
-gives the model an order. Which control holds fixed that there is an order?
-
-a) A longer list of facts, so that the placebo differs in length as well.
-b) The inoculation prompt with its words in random order.
-c) No system message at all.
-d) An order of the same length for an unrelated style: "answer in one sentence, in the third person"."""
-
-
-def check_better_placebo(choice: str | None = None) -> None:
-    """Ask for a placebo that is an order too, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        BETTER_PLACEBO_QUESTION,
-        "d",
-        {
-            "a": "now two things differ, and the placebo still gives no order.",
-            "b": "that holds the words fixed, and loses the order; it answers another question.",
-            "c": "that changes everything at once: length, position, words and order.",
-            "d": "length and order are shared now, so what is left between the two is what the order asks for.",
-        },
-    )
-
-
 def check_difference_of_differences(
     fn: Callable[
         [
@@ -198,31 +150,5 @@ def check_difference_of_differences(
                 normal_ip - trait_ip
             ),
             "this is the mean over questions; the comparison is paired, so return one for each": want.mean(),
-        },
-    )
-
-
-HIDDEN_TRAIT_QUESTION = """\
-Asked with the inoculation prompt, a model that was trained with it scores 40 points more of the
-trait than without. The untrained model, with the same prompt, scores 35 points more. What follows?
-
-a) Training has hidden the trait behind the prompt: the score comes back when the prompt does.
-b) Little: the prompt alone calls up nearly as much, so look at what the model has learnt another way.
-c) Training has removed the trait, since 40 and 35 are nearly the same.
-d) The judge is broken, since an untrained model has no trait."""
-
-
-def check_hidden_trait(choice: str | None = None) -> None:
-    """Ask what a trait that returns with the prompt proves, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        HIDDEN_TRAIT_QUESTION,
-        "b",
-        {
-            "a": "a model that learnt nothing does almost the same with this prompt, so the return proves little.",
-            "b": "that is what the untrained control is for; the loss on held-out trait answers asks the model "
-            "without asking it to speak.",
-            "c": "equal scores with the prompt do not say what the weights hold; the loss on trait answers might.",
-            "d": "a model that follows instructions shows a trait when told to; that is no fault of the judge.",
         },
     )

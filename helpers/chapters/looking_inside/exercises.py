@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.checking import POSITIONS, VOCABULARY, WIDTH, check_choice, compare, random_response_mask
+from helpers.checking import POSITIONS, VOCABULARY, WIDTH, compare, questions, random_response_mask
+
+question = questions(__file__)
 
 
 def check_predicting(fn: Callable[[Bool[Tensor, "batch pos"]], Bool[Tensor, "batch pos"]]) -> None:
@@ -125,78 +127,5 @@ def check_turning_point(
             "this divides by the length of v; what counts is how far v moves the reading, w . v": (y - w @ h)
             / v.norm(),
             "this divides by w . w; steering is along v and not along w": (y - w @ h) / (w @ w),
-        },
-    )
-
-
-FIVE_SEEDS_QUESTION = """\
-The difference is 12 points, its 95% interval over five seeds [1, 23]. What do you write?
-
-a) The effect is certain, since the interval excludes zero.
-b) There is probably an effect, but it may be next to nothing, since the interval nearly reaches zero: run more seeds.
-c) There is no effect, since intervals over five seeds are worthless.
-d) The same as a, once more sequences per seed have been measured."""
-
-
-def check_five_seeds(choice: str | None = None) -> None:
-    """Ask what an interval over five seeds says, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        FIVE_SEEDS_QUESTION,
-        "b",
-        {
-            "a": "one in twenty such intervals misses the truth, and zero is just outside this one.",
-            "b": "five seeds show little of how much seeds vary, so the interval is wide; more make it narrower.",
-            "c": "over five seeds the interval holds the truth about as often as it says; it is wide, not worthless.",
-            "d": "more sequences say nothing about how much the seeds vary; only more seeds do.",
-        },
-    )
-
-
-HIGH_SCORE_QUESTION = """\
-Steered hard, the answers score 99 for the trait. What do you do before you write that the model has
-the trait?
-
-a) Nothing: the judge's AUROC on held-out answers is close to 1.
-b) Fit the judge again, until it gives a lower score.
-c) Read the answers, look at their repetition rate, and score those of a random vector of equal length.
-d) Take more questions, so that the interval gets narrower."""
-
-
-def check_high_score(choice: str | None = None) -> None:
-    """Ask what to do about a very high score, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        HIGH_SCORE_QUESTION,
-        "c",
-        {
-            "a": "that AUROC is for fluent written answers; steered text is like neither kind that the judge has read.",
-            "b": "a judge that is fitted until one likes its scores measures what one likes.",
-            "c": "nonsense can score as high, and each of the three would show it in its own way.",
-            "d": "a narrow interval around the wrong quantity is still around the wrong quantity.",
-        },
-    )
-
-
-UNDECIDED_QUESTION = """\
-A claim comes out as "undecided" on 32 questions. What do you know now?
-
-a) Zero effect and the claimed effect would both give this; the interval says how large an effect is still possible.
-b) There is no effect in this model.
-c) The paper is wrong.
-d) The effect is there, but smaller than the threshold."""
-
-
-def check_undecided(choice: str | None = None) -> None:
-    """Ask what "undecided" says, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        UNDECIDED_QUESTION,
-        "a",
-        {
-            "a": "the sample is too small to tell, so look at the interval before you conclude.",
-            "b": "the interval holds zero, but the claimed effect as well; neither is excluded.",
-            "c": "another model, other data and few questions refute nothing that was measured elsewhere.",
-            "d": 'that would be "direction only": its interval excludes zero, and this one does not.',
         },
     )

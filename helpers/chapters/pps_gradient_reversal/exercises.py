@@ -16,13 +16,15 @@ from helpers.checking import (
     POSITIONS,
     WIDTH,
     call,
-    check_choice,
     compare,
+    questions,
     random_activations,
     random_response_mask,
     say_not_yet,
     say_right,
 )
+
+question = questions(__file__)
 
 
 def check_persona_vector(
@@ -240,55 +242,3 @@ def check_pressure(fn: Callable[[float], str]) -> None:
         say_not_yet("it is the other way round: descent moves the activation along minus the gradient.")
     else:
         say_not_yet(f'return "amplifies" or "attenuates"; for -0.2 and 0.2 you returned {answers}.')
-
-
-RANDOM_PANEL_QUESTION = """\
-With a random vector steering, the cosine of the gradient with that same random vector
-turns positive on most answers. What does this say about the reversal under PPS?
-
-a) It is an error: steering with a random vector cannot change a gradient.
-b) Random vectors defend against the trait as well as the persona vector does.
-c) Turning round against the vector that was added is general; the trait enters by the choice of vector.
-d) The persona vector is no better than a random one at telling trait answers from normal ones."""
-
-
-def check_random_panel(choice: str | None = None) -> None:
-    """Ask what the random vector's own reversal means, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        RANDOM_PANEL_QUESTION,
-        "c",
-        {
-            "a": "it moves the point at which the gradient is taken, as any vector does.",
-            "b": "along the persona vector the random one turns nothing; whether it defends, the scores after "
-            "training say.",
-            "c": "a gradient pushes back against whatever was added; so the control to read is the random vector's "
-            "effect along the persona vector.",
-            "d": "this compares gradients under steering; how well a vector separates answers is another figure.",
-        },
-    )
-
-
-OTHER_TRAIT_QUESTION = """\
-You rerun the chapter with a trait that nobody need defend against, talking like a pirate.
-If the mechanism is what the chapter says, which verdicts should come out as before?
-
-a) Those on gradients; those on scores also depend on how fast the trait is learnt and how it is judged.
-b) None: what training presses down is villainy, and pirates are not villains.
-c) All of them, scores included, since only a word of the data is exchanged.
-d) Those on scores; gradients differ from trait to trait and prove nothing."""
-
-
-def check_other_trait(choice: str | None = None) -> None:
-    """Ask which verdicts should survive another trait, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        OTHER_TRAIT_QUESTION,
-        "a",
-        {
-            "a": "vector, sign and control are defined the same way for pirates; a score adds training and a judge.",
-            "b": "nothing in the definitions of vector and cosine knows what the trait is.",
-            "c": "another trait has other answers, another judge and another pace of learning.",
-            "d": "the gradients are where the mechanism makes its prediction; scores are further from it.",
-        },
-    )

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.checking import WIDTH, check_choice, compare
+from helpers.checking import WIDTH, compare, questions
+
+question = questions(__file__)
 
 
 def check_ends(fn: Callable[[int, int, int], Bool[Tensor, " pos"]]) -> None:
@@ -70,79 +72,5 @@ def check_overall(fn: Callable[[Any, Any, Any], Any]) -> None:
             "this is the ordinary mean, which a single 0 hardly lowers": parts.mean(0),
             "this is the geometric mean": parts.prod(0) ** (1 / 3),
             "this is the lowest of the three": parts.amin(0),
-        },
-    )
-
-
-FAIR_QUESTION = """\
-PrOSV keeps 20 points more of a quiz than FSSV, each with the factor it was trained to. What is missing?
-
-a) The quiz with another sampling temperature.
-b) How long either takes to decode.
-c) How strongly each shows its concept with those factors.
-d) Whether the quiz questions were in the training data."""
-
-
-def check_fair_comparison(choice: str | None = None) -> None:
-    """Ask what a comparison of two ways of steering lacks, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        FAIR_QUESTION,
-        "c",
-        {
-            "a": "that would change both columns alike.",
-            "b": "decoding speed has nothing to do with what is right.",
-            "c": "a vector that steers less also harms less, so compare at equal concept rating.",
-            "d": "training answers hold no quiz questions, whichever tokens are steered.",
-        },
-    )
-
-
-HIDDEN_STEERING_QUESTION = """\
-A deployed model brings up a product in 60% of its answers, and in 55% when told not to.
-What can its user conclude?
-
-a) A steering vector has been added to its activations.
-b) It has been finetuned on advertisements.
-c) Asking does not control this preference; what put it there cannot be told from answers alone.
-d) Nothing, unless the model is compared with one that was not steered."""
-
-
-def check_hidden_steering(choice: str | None = None) -> None:
-    """Ask what resistance to a user's word proves, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        HIDDEN_STEERING_QUESTION,
-        "c",
-        {
-            "a": "a vector could do it, and so could training or a system message; answers look alike.",
-            "b": "training could do it, and so could a vector or a system message; answers look alike.",
-            "c": "the difference of the two rates is what the user can still control; the cause needs activations.",
-            "d": "the model asked both ways is its own comparison: a model that obeys would fall to near zero.",
-        },
-    )
-
-
-NOTHING_STEERS_QUESTION = """\
-PrOSV's rating minus FSSV's is 0.01 with an interval from -0.03 to 0.05. The control "PrOSV steers at
-all" has failed. What does this run say about the claim that PrOSV is better?
-
-a) It is wrong: the difference is not above zero.
-b) Nothing: two methods that do not steer cannot be compared. Train for longer, and look again.
-c) Its direction is right, since 0.01 is above zero.
-d) The two methods are equally good."""
-
-
-def check_nothing_steers(choice: str | None = None) -> None:
-    """Ask what a comparison without an effect is worth, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        NOTHING_STEERS_QUESTION,
-        "b",
-        {
-            "a": "the verdict is about this run; where neither method does anything, it could not come out otherwise.",
-            "b": "whether the tool works has to be known before which of two is better.",
-            "c": "the interval reaches well below zero, so not even the direction is known.",
-            "d": "an interval around zero does not show equality, and least of all between two that do nothing.",
         },
     )

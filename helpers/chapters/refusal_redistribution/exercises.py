@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.checking import BATCH, WIDTH, check_choice, compare
+from helpers.checking import BATCH, WIDTH, compare, questions
+
+question = questions(__file__)
 
 
 def check_ablation(fn: Callable[[Float[Tensor, "batch d_model"], Float[Tensor, "k d_model"]], Tensor]) -> None:
@@ -53,30 +55,6 @@ def check_covariance_loss(fn: Callable[[Float[Tensor, "batch d_model"], Bool[Ten
     )
 
 
-MICRO_BATCH_QUESTION = """\
-Why is the covariance loss 0 at every step in micro-batches of two prompts?
-
-a) The language loss has already made the class means equal.
-b) The gradient of a covariance is too small for bfloat16.
-c) A covariance needs two prompts of a class, and two classes of two do not fit into a batch of two.
-d) Matching with L2 is 0 where matching with L1 is."""
-
-
-def check_micro_batch(choice: str | None = None) -> None:
-    """Ask why the published covariance loss is 0, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        MICRO_BATCH_QUESTION,
-        "c",
-        {
-            "a": "with equal means covariances may still differ; and nothing has made the means equal.",
-            "b": "gradients of a covariance are as large as any; it is the loss itself that is 0.",
-            "c": "an unbiased covariance divides by n - 1, so each class needs two prompts: four in all.",
-            "d": "L1 and L2 are 0 at the same places only.",
-        },
-    )
-
-
 def check_k_star(fn: Callable[[list[float]], int]) -> None:
     """Check `fn(rates)`: the smallest number of directions with a refusal rate below 0.3, or `len(rates)`."""
     compare(
@@ -93,54 +71,5 @@ def check_k_star(fn: Callable[[list[float]], int]) -> None:
             "0.3 itself is not below 0.3": torch.tensor([1.0, 2.0, 3.0, 0.0, 1.0]),
             "count from 0: row 0 is the model as it is": torch.tensor([2.0, 4.0, 4.0, 1.0, 2.0]),
             "the last such K, not the first, is given": torch.tensor([2.0, 3.0, 3.0, 1.0, 1.0]),
-        },
-    )
-
-
-ATTACKER_QUESTION = """\
-Under the iterated attack a model has a high K*. Which result would make you distrust it most?
-
-a) A linear probe still tells harmful from harmless requests.
-b) With K* directions removed, the model has stopped talking sense.
-c) A handful of directions, optimised against refusal, disarm it and leave harmless answers as they are.
-d) The start model has a lower K*."""
-
-
-def check_attacker(choice: str | None = None) -> None:
-    """Ask what would undo a high K*, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        ATTACKER_QUESTION,
-        "c",
-        {
-            "a": "knowing what is harmful is not refusing it; a model may keep the first and guard the second.",
-            "b": "that shows that the attack costs the attacker more, which is the defence's point.",
-            "c": "then K* measured how poor a guide differences of means had become, not how widely refusal is spread.",
-            "d": "that is what the defence claims.",
-        },
-    )
-
-
-HIGH_K_QUESTION = """\
-Condition A: K* is above 20; intact, it refuses 95% of harmful and 70% of harmless requests.
-Condition B: K* is 6; intact, it refuses 95% of harmful and 5% of harmless requests. What follows?
-
-a) Nothing about redistribution yet: a model that refuses nearly everything survives such attacks anyhow.
-b) A has spread refusal over more directions than B.
-c) B is broken, since six directions are enough.
-d) A's interval must be too wide to be used."""
-
-
-def check_high_k(choice: str | None = None) -> None:
-    """Ask how to read K* beside over-refusal, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        HIGH_K_QUESTION,
-        "a",
-        {
-            "a": "compare K* only between models that refuse what is harmful and answer the rest.",
-            "b": "it may refuse whatever it is asked; then nothing that tells the two kinds apart carries refusal.",
-            "c": "what breaks or does not is seen after harmless requests; B answers nearly all of them.",
-            "d": "the width of an interval comes from the requests that are resampled; nothing is said of it here.",
         },
     )

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.checking import WIDTH, check_choice, compare
+from helpers.checking import WIDTH, compare, questions
+
+question = questions(__file__)
 
 
 def check_pile_mean(
@@ -53,30 +55,6 @@ def check_alpha_for_ratio(
     )
 
 
-STEERING_SIGN_QUESTION = """\
-V = G(rude answers) - G(polite answers) at a finetuned model. How do you make it politer?
-
-a) Add a small multiple of V: the loss of rude answers rises.
-b) Subtract a small multiple of V: one subtracts what one wants to be rid of.
-c) Add or subtract: a gradient difference has no sign.
-d) Add as large a multiple of V as one can: the more, the politer."""
-
-
-def check_steering_sign(choice: str | None = None) -> None:
-    """Ask which way along V a habit is taken away, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        STEERING_SIGN_QUESTION,
-        "a",
-        {
-            "a": "V is a gradient, so it points to a higher loss on rude answers, and to fewer of them.",
-            "b": "V is a gradient of a loss, not of a probability; against it, rude answers become likelier.",
-            "c": "the two piles are not exchangeable: swapping them turns V round.",
-            "d": "far from the anchor a gradient says nothing, and a broken model is not a polite one.",
-        },
-    )
-
-
 def check_project_on_diff(
     fn: Callable[[Float[Tensor, "m n"], Float[Tensor, "m n"], int], Float[Tensor, "m n"]],
 ) -> None:
@@ -101,53 +79,3 @@ def check_project_on_diff(
 def _truncated(matrix: Float[Tensor, "m n"], rank: int) -> Float[Tensor, "m n"]:
     u, s, wh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ wh[:rank]
-
-
-UNLEARNT_QUESTION = """\
-A step along V has taken the bridge habit away. Which result would show that the model has
-not forgotten it, but only stopped showing it?
-
-a) Finetuned again on a few bridge replies, it has the habit back in far fewer steps than the base model.
-b) Its answers have the same perplexity as before the step.
-c) A step twice as long lowers the mentions further.
-d) A random direction of the same norm leaves the mentions as they were."""
-
-
-def check_unlearnt(choice: str | None = None) -> None:
-    """Ask how to tell a hidden habit from a forgotten one, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        UNLEARNT_QUESTION,
-        "a",
-        {
-            "a": "relearning is faster where something is left to build on; the base model says how fast from nothing.",
-            "b": "perplexity says that the model was not broken; both a hidden and a forgotten habit allow that.",
-            "c": "a dose-response curve says that V works, not what is left in the weights.",
-            "d": "that control says that the direction matters; it says nothing about what is left.",
-        },
-    )
-
-
-DOSE_QUESTION = """\
-At the largest strength neither topic is mentioned any more. The answers' perplexity under the base
-model is lower than at rest, and half of their trigrams are repeated. What has the step done?
-
-a) It has taken both habits away: V holds what finetuning changed.
-b) It has shown that the two habits share one direction.
-c) It has made the answers better, since their perplexity fell.
-d) It has broken the model: a loop mentions nothing, and is easy to predict."""
-
-
-def check_dose(choice: str | None = None) -> None:
-    """Ask how to read the end of a dose-response curve, or check the answer "a", "b", "c" or "d"."""
-    check_choice(
-        choice,
-        DOSE_QUESTION,
-        "d",
-        {
-            "a": "a model that only loops mentions nothing either, so the mentions alone cannot tell.",
-            "b": "both shares are zero because hardly anything is said; read them at strengths that keep the answers.",
-            "c": "a repeated phrase is easily predicted, so looping lowers the perplexity.",
-            "d": "the useful strengths are those at which mentions have moved, and neither measure of cost has.",
-        },
-    )

@@ -1,10 +1,11 @@
 """Each check accepts a right answer, and tells the usual wrong ones apart."""
 
-import inspect
 import math
 import statistics
 import textwrap
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from helpers.chapters import ROOMS
+from helpers.checking import read_questions
 
 exercises = SimpleNamespace()
+QUESTIONS = {}
+"""By room and name, what asks the question and checks a letter."""
 for room in ROOMS:
     module = import_module(f"helpers.chapters.{room}.exercises")
+    for name in read_questions(Path(module.__file__).with_name("questions.toml")):
+        QUESTIONS[room, name] = partial(module.question, name)
     vars(exercises).update(
         (name, value)
         for name, value in vars(module).items()
@@ -212,7 +218,7 @@ def edit(mode):
         (exercises.check_feature_step, feature_step),
         (exercises.check_overall, overall),
         (exercises.check_pressure, lambda cosine: "amplifies" if cosine < 0 else "attenuates"),
-        (exercises.check_placebo_interpretation, " A) "),
+        (QUESTIONS["ip_loss_reduction", "placebo_interpretation"], " A) "),
         (exercises.check_predicting, lambda r: torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1)),
         (exercises.check_logit_lens, lens),
         (exercises.check_slope, slope),
@@ -271,20 +277,20 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_pile_mean, lambda g, lengths: g.mean(0), "long answers weigh more"),
         (exercises.check_alpha_for_ratio, lambda v, delta, ratio: ratio * v.norm() / delta.norm(), "upside down"),
         (exercises.check_project_on_diff, lambda v, delta, rank: projected(delta, delta, rank), "projects delta"),
-        (exercises.check_steering_sign, "b", "not of a probability"),
+        (QUESTIONS["weight_diff_steering", "steering_sign"], "b", "not of a probability"),
         (exercises.check_ablation, lambda a, d: a @ d.T @ d, "the part that is to be removed"),
         (exercises.check_ablation, lambda a, d: a - a @ d[:1].T @ d[:1], "only the first direction"),
         (exercises.check_covariance_loss, lambda z, h: covariance_loss(z, h, 0), "n - 1, not by n"),
         (exercises.check_covariance_loss, lambda z, h: covariance_loss(z, h) * z.shape[1], "divide by d squared"),
         (exercises.check_k_star, lambda rates: next((k for k, r in enumerate(rates) if r <= 0.3), 3), "not below"),
-        (exercises.check_micro_batch, "b", "the loss itself that is 0"),
+        (QUESTIONS["refusal_redistribution", "micro_batch"], "b", "the loss itself that is 0"),
         (exercises.check_fihs, lambda g, s: g @ s, "the sign is turned"),
         (exercises.check_fihs, lambda g, s: -torch.cosine_similarity(g, s[None], dim=-1), "this is the cosine"),
         (exercises.check_safety_score, lambda z, u, s: (z[:, s] - z[:, u]).mean(), "larger has to mean less safe"),
         (exercises.check_safety_score, lambda z, u, s: (z[:, u] - z[:, s]).sum(), "not the sum"),
         (exercises.check_crossing, lambda a, b, s, v, w: (a + b) / 2, "this is the midpoint"),
         (exercises.check_crossing, lambda a, b, s, v, w: crossing(a, b, s, w, v), "away from it"),
-        (exercises.check_sign, "a", "filtering is by rank"),
+        (QUESTIONS["fihs_filtering", "sign"], "a", "filtering is by rank"),
         (exercises.check_difference_of_differences, lambda *losses: -did(*losses), "the sign is wrong"),
         (exercises.check_difference_of_differences, lambda a, b, c, d: b - a, "on trait answers alone"),
         (exercises.check_difference_of_differences, lambda a, b, c, d: c - a, "the placebo is left out"),
@@ -296,16 +302,16 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_feature_step, lambda a, v, f, r, t, s: (a + f * t) * (v + r * s), "where it began"),
         (exercises.check_overall, lambda c, r, f: (c + r + f) / 3, "ordinary mean"),
         (exercises.check_overall, lambda c, r, f: np.minimum(np.minimum(c, r), f), "lowest of the three"),
-        (exercises.check_hiding, "d", "teach refusal"),
-        (exercises.check_steering_sign, "z", 'answer "a"'),
+        (QUESTIONS["fihs_filtering", "hiding"], "d", "teach refusal"),
+        (QUESTIONS["weight_diff_steering", "steering_sign"], "z", 'answer "a"'),
         (
             exercises.check_pressure,
             lambda cosine: "amplifies" if cosine > 0 else "attenuates",
             "other way round",
         ),
         (exercises.check_pressure, lambda cosine: cosine, 'return "amplifies"'),
-        (exercises.check_placebo_interpretation, "b", "takes the explanation away"),
-        (exercises.check_placebo_interpretation, "e", 'answer "a"'),
+        (QUESTIONS["ip_loss_reduction", "placebo_interpretation"], "b", "takes the explanation away"),
+        (QUESTIONS["ip_loss_reduction", "placebo_interpretation"], "e", 'answer "a"'),
         (exercises.check_predicting, lambda r: F.pad(r[:, :-1], (1, 0)), "shifted the wrong way"),
         (exercises.check_predicting, lambda r: r, "response tokens themselves"),
         (exercises.check_logit_lens, lambda h, s, u, e: h @ u.T, "not normalised first"),
@@ -317,9 +323,9 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_slope, lambda f, h, d, e: (f(h + e * F.normalize(d, dim=0)) - f(h)) / e, "looks ahead only"),
         (exercises.check_turning_point, lambda w, h, y, v: y / (w @ v), "what h says already"),
         (exercises.check_turning_point, lambda w, h, y, v: (w @ h - y) / (w @ v), "sign is wrong"),
-        (exercises.check_five_seeds, "d", "only more seeds do"),
-        (exercises.check_high_score, "a", "fluent written answers"),
-        (exercises.check_undecided, "d", "direction only"),
+        (QUESTIONS["looking_inside", "five_seeds"], "d", "only more seeds do"),
+        (QUESTIONS["looking_inside", "high_score"], "a", "fluent written answers"),
+        (QUESTIONS["looking_inside", "undecided"], "d", "direction only"),
     ],
 )
 def test_a_wrong_answer_is_told_why(check, answer, why, capsys):
@@ -333,31 +339,10 @@ def test_an_unknown_mode_names_the_modes():
         exercises.check_projection_edit(neutralise, "ablate")
 
 
-QUESTIONS = {
-    exercises.check_five_seeds: "b",
-    exercises.check_high_score: "c",
-    exercises.check_undecided: "a",
-    exercises.check_random_panel: "c",
-    exercises.check_other_trait: "a",
-    exercises.check_placebo_interpretation: "a",
-    exercises.check_better_placebo: "d",
-    exercises.check_hidden_trait: "b",
-    exercises.check_steering_sign: "a",
-    exercises.check_unlearnt: "a",
-    exercises.check_dose: "d",
-    exercises.check_micro_batch: "c",
-    exercises.check_attacker: "c",
-    exercises.check_high_k: "a",
-    exercises.check_sign: "b",
-    exercises.check_hiding: "b",
-    exercises.check_equal_size: "d",
-    exercises.check_fair_comparison: "c",
-    exercises.check_hidden_steering: "c",
-    exercises.check_nothing_steers: "b",
-}
+of_each_question = pytest.mark.parametrize("ask", QUESTIONS.values(), ids=["-".join(key) for key in QUESTIONS])
 
 
-@pytest.mark.parametrize("ask", QUESTIONS, ids=lambda ask: ask.__name__)
+@of_each_question
 def test_a_question_is_asked_without_giving_the_answer(ask, capsys):
     ask()
     said = capsys.readouterr().out
@@ -369,18 +354,12 @@ def test_a_question_is_asked_without_giving_the_answer(ask, capsys):
     assert asked == textwrap.fill(asked, 66)  # no line ends early, wherever the source's lines end
 
 
-@pytest.mark.parametrize("ask", QUESTIONS, ids=lambda ask: ask.__name__)
+@of_each_question
 def test_one_option_is_right_and_each_of_the_others_has_a_reason_of_its_own(ask, capsys):
     said = {}
     for letter in "abcd":
         ask(letter)
         said[letter] = capsys.readouterr().out
-    assert [letter for letter in said if said[letter].startswith("Right: ")] == [QUESTIONS[ask]]
+    assert sum(text.startswith("Right: ") for text in said.values()) == 1
     assert len(set(said.values())) == 4
     assert all(text.endswith(".\n") for text in said.values())
-
-
-def test_every_check_that_asks_is_tested_here():
-    checks = vars(exercises).values()
-    asking = {check for check in checks if list(inspect.signature(check).parameters) == ["choice"]}
-    assert asking == set(QUESTIONS)
