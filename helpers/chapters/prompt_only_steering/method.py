@@ -32,7 +32,7 @@ from torch import Tensor
 
 from helpers.chat import Ends, Example, Where, batches, collate
 from helpers.forward import WORTH_SHARING, common_beginning, keeps_beginning, only_blocks, read, resume_beginning
-from helpers.interventions import Steer, resid_post
+from helpers.interventions import Steer, add_at, resid_post
 from helpers.losses import sequence_sums
 from helpers.models import Model
 from helpers.progress import progress
@@ -125,7 +125,7 @@ class States:
         batch = collate(examples, model.tokenizer.pad_token_id).to(model.device)
         steered = batch.positions(where)  # [example, pos]
         states = torch.nn.utils.rnn.pad_sequence([self._kept[e] for e in examples], batch_first=True)
-        states = states + steered[..., None].to(states) * shifts[list(of), None].to(states)
+        states = add_at(states, shifts[list(of), None].to(states), steered)
         begin = min(common_beginning(examples), min(e.prompt_length for e in examples) - 1)
         treated = [(v, *row) for v, row in zip(of, steered[:, :begin].tolist(), strict=True)]
         kinds = {kind: number for number, kind in enumerate(dict.fromkeys(treated))}

@@ -26,7 +26,7 @@ from helpers.chapters.refusal_redistribution.attack import (
 )
 from helpers.chat import encode
 from helpers.forward import PromptSet
-from helpers.interventions import Ablate, applied
+from helpers.interventions import Ablate, Steer, applied
 from helpers.models import load
 from helpers.probes import orthonormal
 
