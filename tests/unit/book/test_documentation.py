@@ -13,6 +13,7 @@ from sphinx.config import Config
 from helpers import artifacts, params, statistics, verdicts
 from helpers.book import findings
 from helpers.book.documentation import as_restructured_text, published_at, summary
+from helpers.models import load
 
 PROJECT = Path(__file__).resolve().parents[3]
 REFERENCE = {page: page.read_text("utf-8") for page in sorted((PROJECT / "book" / "api").glob("*.md"))}
@@ -65,9 +66,18 @@ def test_every_module_is_on_exactly_one_reference_page():
     assert sorted(documented) == modules
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of the examples' own, but for the embedded model, which takes long to make."""
+    folder = tmp_path_factory.mktemp("examples")
+    load("tiny-random")
+    (folder / "embedded-model").symlink_to(artifacts.default_store().root / "embedded-model")
+    return folder
+
+
 @pytest.mark.parametrize("module", sorted(SECTIONS))
-def test_a_module_has_an_example_that_gives_what_it_says(module, tmp_path, monkeypatch):
-    monkeypatch.setenv("HELPERS_STORE", str(tmp_path))
+def test_a_module_has_an_example_that_gives_what_it_says(module, store, monkeypatch):
+    monkeypatch.setenv("HELPERS_STORE", str(store))
     monkeypatch.chdir(PROJECT)
     examples = re.findall(r"^```pycon\n(.+?)^```$", SECTIONS[module], flags=re.DOTALL | re.MULTILINE)
     assert examples
