@@ -464,7 +464,7 @@ def test_training_all_vectors_in_one_run_is_faster_than_one_after_another(benchm
     block.
     """
     chapter, quick = steering_chapter, PromptOnlyParams(preset="quick")
-    model, steps = chapter.model, 4
+    model, steps = chapter.base, 4
     places = [chapter.place(name) for name in ("ends", "all", *quick.places)]
     met = steps * quick.batch_size * len(places)
     in_chapter = quick.steps * quick.batch_size * len(places) / len(chapter.pairs(chapter.concepts[0]))
