@@ -4,20 +4,35 @@ PRESET ?= quick
 CORES ?= all
 PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
+export PRESET CORES # read as "$$PRESET" below, so that whatever they hold is one word
 
 BIN := .venv/bin
+
+# A home that cannot be written, as in many containers: what the libraries keep there goes into the project.
+ifneq ($(shell test -n "$$HOME" && mkdir -p "$$HOME/.cache" 2>/dev/null && test -w "$$HOME/.cache" && echo yes),yes)
+export HOME := $(CURDIR)/.home
+endif
+
+# An environment does not run if its Python is gone, if making it was interrupted, or if its folder was moved: the
+# commands in it name their folder. Such a one is made anew.
+RUNS = $(BIN)/python -c 'import pip' && head -n 2 $(BIN)/pip | grep -qF "$$(cd .venv && pwd -P)/bin/python"
+ifneq ($(shell { $(RUNS); } 2>/dev/null && echo yes),yes)
+.PHONY: .venv/.installed
+endif
 
 .PHONY: book test acceptance benchmark lint links student instructor environment clean distclean
 
 book: .venv/.installed
-	@$(BIN)/snakemake --cores $(CORES) --config preset=$(PRESET)
-	@echo "Read it: book/executed/$(PRESET)/_build/html/index.html"
+	@$(BIN)/snakemake --cores "$$CORES" --config "preset=$$PRESET"
+	@echo "Read it: book/executed/$$PRESET/_build/html/index.html"
 
-# One thread for each of two workers: if each had two, they would wait for one another.
+# The tiny book that the tests open is built first, on all cores. Then one thread for each of two workers: if each had
+# two, they would wait for one another.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --benchmark-skip -m "not taught"
+	@$(BIN)/snakemake --cores all --config preset=tiny
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --benchmark-skip --ignore tests/acceptance
 
-# The central claims on the real model; those of chapters 4 and 5 first teach it to refuse, which takes minutes.
+# The central claims on the real model, computed anew; those of chapters 4 and 5 first teach it to refuse.
 acceptance: .venv/.installed
 	$(BIN)/python -m pytest tests/acceptance
 
@@ -31,7 +46,7 @@ lint: .venv/.installed
 
 # Asks every server that the pages link to; the links within the book are tested by `make test`, without a network.
 links: book
-	$(BIN)/jupyter-book build book/executed/$(PRESET) --builder linkcheck
+	$(BIN)/jupyter-book build "book/executed/$$PRESET" --builder linkcheck
 
 # The notebooks for a course, in build/student and build/instructor: without the answers, and with notes.
 student instructor: .venv/.installed
@@ -41,6 +56,8 @@ student instructor: .venv/.installed
 environment: .venv/.installed
 
 .venv/.installed: requirements.lock pyproject.toml
+	@test ! -e .venv -a ! -L .venv || { $(RUNS); } 2>/dev/null || \
+	  { echo "The environment in .venv does not run (was the folder moved?): it is made anew."; rm -rf .venv; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "$(PYTHON) cannot make a virtual environment: install Python 3.11 or newer with venv."; exit 1; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,4 +74,4 @@ clean:
 	rm -rf book/executed results logs .snakemake
 
 distclean: clean
-	rm -rf artifacts .venv
+	rm -rf artifacts .venv .home

@@ -3,79 +3,64 @@
     snakemake --cores 2 --config preset=quick
     snakemake --cores 2 --config preset=quick 'parameters={"steps": 30}'
 
-Everything made lies in book/executed/{preset}/, a complete Jupyter Book source tree. A finished output is not made again
+Everything made lies in book/executed/{preset}/, a complete Jupyter Book source tree. A finished step is not made again
 unless its notebook, its parameters, a data file or a helper it uses changed, so an interrupted run resumes.
 """
 
-import filecmp
 import json
+import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
-from sphinx_external_toc.parsing import parse_toc_yaml
-
-from helpers.dependencies import helper_sources, notebook_sources
-from helpers.params import ParameterError, params_of
-
-PRESET = config.get("preset", "quick")
-GIVEN = config.get("parameters", {})
-TREE = f"book/executed/{PRESET}"
-SITE = f"{TREE}/_build/html"
-GENERATED = ["book/scoreboard", "book/status", "book/map", "book/parameters"]
-
-PAGES = [str(page) for page in parse_toc_yaml("_toc.yml")]
-CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
-PROSE = ["_config.yml", "_toc.yml", "CHANGELOG.md"] + [
-    str(path)
-    for path in sorted(Path("book").rglob("*"))
-    if path.is_file() and path.parts[1] not in ("executed", "reference") and path.suffix != ".yml"
-]
-
-
-def given(chapter):
-    """The parameters from the command line that the chapter has."""
-    return {name: GIVEN[name] for name in sorted(GIVEN) if name in params_of(chapter).model_fields}
-
+from helpers.building import plan as building
+from helpers.building.console import Console
+from helpers.params import ParameterError
+from snakemake.logging import logger
 
 try:
-    for chapter in CHAPTERS:
-        params_of(chapter)(preset=PRESET, **given(chapter))
-    for name in GIVEN:
-        if not any(name in given(chapter) for chapter in CHAPTERS):
-            params_of(CHAPTERS[0])(**{name: GIVEN[name]})  # says what the nearest name is
-except ParameterError as error:
+    PAGES = building.pages()
+    CHAPTERS = [Path(page).name for page in PAGES if page.startswith("notebooks/")]
+    PRESET, GIVEN = building.chosen(config, CHAPTERS, workflow.resource_settings.cores)
+    RESOLVED = {chapter: building.resolved(chapter, PRESET, GIVEN[chapter]) for chapter in CHAPTERS}
+    INPUTS = {chapter: building.inputs(chapter) for chapter in CHAPTERS}
+    TREE = building.tree_of(PRESET)
+    LOCK = None if workflow.output_settings.dryrun else building.begin(TREE, PAGES)
+except (building.BuildError, ParameterError) as error:
     sys.exit(str(error))
 
-shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+STEP = f"exec {shlex.quote(sys.executable)} -m helpers.building.steps --tree {TREE} --builder {os.getpid()} --log"
+CHAPTER, SITE = building.mark(TREE, "{chapter}"), building.mark(TREE, "site")
+
+
+def plan():
+    """The chapters that will be run, and how many of them side by side."""
+    due = [job.wildcards.chapter for job in workflow.dag.needrun_jobs() if job.rule.name == "execute"]
+    return sorted(due), workflow.cores if PRESET == "tiny" else 1
+
+
+if LOCK:
+    for handler in [handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"]:
+        logger.removeHandler(handler)
+    logger.addHandler(Console(TREE, plan))
+
+
+wildcard_constraints:
+    chapter="|".join(CHAPTERS),
 
 
 rule site:
     input:
-        PROSE,
-        sorted(str(path) for path in Path("helpers").rglob("*.py")),  # the reference pages show their docstrings
-        expand(f"{TREE}/{{page}}.md", page=GENERATED),
-        expand(f"{TREE}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
+        building.prose(),
+        building.helper_files(),  # the reference pages show their docstrings
+        building.mark(TREE, "pages"),
+        expand(CHAPTER, chapter=CHAPTERS),
     output:
-        f"{SITE}/index.html",
-        [f"{SITE}/{page}.html" for page in PAGES],
+        SITE,
     log:
         f"logs/{PRESET}/site.log",
-    run:
-        newest = max(path.stat().st_mtime for path in Path("helpers").rglob("*.py"))
-        for path in PROSE:
-            copy = Path(TREE, path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            due = newest if path.startswith("book/api/") else 0  # Sphinx does not see that it depends on docstrings
-            if not copy.exists() or copy.stat().st_mtime < due or not filecmp.cmp(path, copy, shallow=False):
-                shutil.copy(path, copy)
-        # Pages are all written anew, so that every one there is of this build. Sources are read again where they
-        # changed; after a build that failed all are, since warnings of those read before would not come again.
-        shell(
-            "rm -rf {SITE} && jupyter-book build {TREE} -W --keep-going > {log} 2>&1 || "
-            "{{ rm -rf {TREE}/_build; grep -E 'WARNING|ERROR|Error' {log}; exit 1; }}"
-        )
+    shell:
+        "{STEP} {log} site > {log} 2>&1"
 
 
 rule pages:
@@ -84,39 +69,27 @@ rule pages:
         "book/map.yml",
         "_toc.yml",
         sorted(str(path) for path in Path("book/reference").glob("*.json")),
-        [str(path.relative_to(Path.cwd())) for path in helper_sources(["pages"])],
-        expand(f"{TREE}/notebooks/{{chapter}}.ipynb", chapter=CHAPTERS),
-        expand(f"{TREE}/notebooks/{{chapter}}/findings.json", chapter=CHAPTERS),
-        expand(f"{TREE}/notebooks/{{chapter}}/provenance.json", chapter=CHAPTERS),
+        building.sources(["book.pages"]),
+        expand(CHAPTER, chapter=CHAPTERS),
     output:
-        expand(f"{TREE}/{{page}}.md", page=GENERATED),
+        building.mark(TREE, "pages"),
+    log:
+        f"logs/{PRESET}/pages.log",
     shell:
-        "python -m helpers status --tree {TREE}"
+        "{STEP} {log} pages > {log} 2>&1"
 
 
 rule execute:
     input:
-        "book/claims.yml",
-        lambda wildcards: [str(path) for path in Path("book/reference").glob(f"{wildcards.chapter}.json")],
-        lambda wildcards: [
-            str(path.relative_to(Path.cwd())) for path in notebook_sources(f"notebooks/{wildcards.chapter}.ipynb")
-        ],
-        sorted(str(path) for path in Path("data").rglob("*.*") if path.suffix != ".md"),
-        notebook="notebooks/{chapter}.ipynb",
+        lambda wildcards: INPUTS[wildcards.chapter],
     output:
-        notebook=f"{TREE}/notebooks/{{chapter}}.ipynb",
-        findings=f"{TREE}/notebooks/{{chapter}}/findings.json",
-        provenance=f"{TREE}/notebooks/{{chapter}}/provenance.json",
+        CHAPTER,
+    log:
+        f"logs/{PRESET}/{{chapter}}.log",
     params:
-        given=lambda wildcards: json.dumps(given(wildcards.chapter)),
-        options=lambda wildcards: " ".join(
-            f"-p {name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
-            for name, value in given(wildcards.chapter).items()
-        ),
-        results=f"{TREE}/notebooks/{{chapter}}",
+        resolved=lambda wildcards: RESOLVED[wildcards.chapter],
+        given=lambda wildcards: json.dumps({"preset": PRESET, **GIVEN[wildcards.chapter]}),
     # Snakemake sets OMP_NUM_THREADS to this; a tiny model is done sooner beside another than on all cores
-    threads: 1 if PRESET == "tiny" else workflow.cores
+    threads: 1 if PRESET == "tiny" else lambda wildcards: workflow.cores
     shell:
-        "rm -rf {params.results} && "
-        "python -m helpers execute {input.notebook} --output {output.notebook} "
-        "--preset {PRESET} --results {params.results} {params.options}"
+        "{STEP} {log} {wildcards.chapter} --given {params.given:q} > {log} 2>&1"

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.chat import Batch, Example, Where, batches
+from helpers.chat import Example, Where, batches
+from helpers.forward import read
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.models import Model
 
@@ -57,17 +58,12 @@ def mean_activations(
     once = model.weights_in(model.dtype, only_frozen_linear=True)
     with once, applied(model, *interventions, ReadMean(layers, where, means)):
         for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
-            run_blocks(model, batch)
+            batch = batch.to(model.device)
+            with model.reading(batch), model.autocast():
+                read(model, batch)
             for i, layer in enumerate(layers):
                 result[i, list(batch.rows)] = means[layer].cpu()
     return result
-
-
-def run_blocks(model: Model, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
-    """The forward pass without the vocabulary."""
-    batch = batch.to(model.device)
-    with model.reading(batch), model.autocast():
-        return model.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)[0]
 
 
 @dataclass(frozen=True)
@@ -112,17 +108,22 @@ class PersonaVectorFitter:
         self._sums = [torch.zeros(()), torch.zeros(())]
         self._counts = [0, 0]
 
-    def update(self, activations: Float[Tensor, "layer example d_model"], *, shows_trait: bool) -> None:
+    def update(
+        self,
+        activations: Float[Tensor, "layer example d_model"],
+        *,
+        shows_trait: bool,
+    ) -> None:
         """Add answers that show the trait, or answers that do not."""
-        self._sums[shows_trait] = self._sums[shows_trait] + activations.double().sum(1)
+        self._sums[shows_trait] = self._sums[shows_trait] + activations.cpu().double().sum(1)
         self._counts[shows_trait] += activations.shape[1]
 
     def fit(self) -> PersonaVector:
         """mean over trait answers - mean over normal answers. Raises `ValueError` if either kind is missing."""
         if 0 in self._counts:
             raise ValueError(
-                f"A persona vector needs answers of both kinds; got {self._counts[1]} with the trait "
-                f"and {self._counts[0]} without."
+                f"A persona vector needs answers of both kinds; got {self._counts[1]} with the "
+                f"trait and {self._counts[0]} without."
             )
         normal, trait = (s / n for s, n in zip(self._sums, self._counts, strict=True))
         return PersonaVector(self.trait, (trait - normal).float())

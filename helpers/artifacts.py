@@ -21,7 +21,6 @@ import json
 import os
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,11 +30,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.dependencies import PACKAGE, helper_sources
+from helpers.files import check_writable, file_digest, replace, replace_text
+from helpers.progress import progress
 
 Compute = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 """Gives a stage's tensors, and its facts, which JSON must be able to hold."""
@@ -43,8 +45,20 @@ Compute = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 LIBRARIES = ("numpy", "peft", "torch", "transformer-lens", "transformers")
 """What computes: results of other versions of these are other results."""
 
+NO_CODE = ("params.py", "machine.py", "progress.py")
+"""What decides no result. Presets are of all chapters, and a stage takes what it needs of them as parameters: as code,
+one changed number would compute every chapter anew. The others check, and say how far a stage is."""
+
 LEFTOVER = 3600
 """Seconds after which a file that belongs to no result is no longer being written."""
+
+
+class StoreError(OSError):
+    """A store that cannot be used; the message is one sentence."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook instead of a traceback."""
+        return [f"StoreError: {self}"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,10 @@ class Usage:
     """When one of them was last read or written."""
 
 
+_UNSTORED: dict[Path, Artifact] = {}
+"""By their place in a store, results that could not be written there: this process computes them once."""
+
+
 class Store:
     """A folder of artifacts. Several processes may share it: each result is computed once."""
 
@@ -90,7 +108,8 @@ class Store:
     ) -> Artifact:
         """The stored result of a stage, or the result of `compute`, which is then stored.
 
-        A store that nobody may write to serves as well, as long as every result is in it.
+        A store that nobody may write to serves as well, as long as every result is in it. A result that cannot be
+        written once it is computed (a full disk) is given all the same, with a warning.
 
         Args:
             stage: name of the stage and of its folder.
@@ -104,16 +123,14 @@ class Store:
         Raises:
             ValueError: if the stage's name is no file name, parameters or facts are no JSON, or `compute` is defined in
                 no file (in a notebook).
-            OSError: if the result has to be computed and the store cannot be written.
+            StoreError: if the result has to be computed and the store cannot be written.
         """
         inputs = _inputs(stage, compute, parameters, model, data)
         key = _digest(inputs)
         stored = self._read(stage, key)
         if stored is not None:
             return stored
-        locks = self.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{key}.lock"):
+        with self._locked(stage, key):
             stored = self._read(stage, key, warn=True)  # another process may have been faster
             if stored is not None:
                 return stored
@@ -184,12 +201,42 @@ class Store:
     def _paths(self, stage: str, key: str) -> tuple[Path, Path]:
         return self.root / stage / f"{key}.safetensors", self.root / stage / f"{key}.json"
 
+    @contextlib.contextmanager
+    def _locked(self, stage: str, key: str) -> Iterator[None]:
+        """While open, no other process computes the result, which can be written once it is there."""
+        try:
+            for path in self._paths(stage, key):
+                if path.is_dir():
+                    raise IsADirectoryError(f"{path} is a folder where a file belongs")
+            check_writable(self.root / stage)
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / "locks" / f"{key}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                with progress(None, f"waiting for another process, which makes {stage}", "") as waiting:
+                    while not lock.is_locked:
+                        waiting.update()
+                        with contextlib.suppress(Timeout):
+                            lock.acquire(timeout=1)
+        except OSError as error:
+            raise StoreError(
+                f"{stage} is not in the store {self.root} and cannot be written there, since {error}: mend that, or "
+                "name another folder by HELPERS_STORE."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _read(self, stage: str, key: str, *, warn: bool = False) -> Artifact | None:
         """The stored artifact, used now; None if it must be computed, with a warning if asked and something is there.
 
         Without the lock half of a result may be there because another process is writing the other half.
         """
         tensors, sidecar = self._paths(stage, key)
+        if tensors in _UNSTORED:
+            return _UNSTORED[tensors]
         if not tensors.exists() and not sidecar.exists():
             return None
         try:
@@ -202,11 +249,13 @@ class Store:
             if record["sha256"] != file_digest(tensors):
                 raise ValueError("its tensors are not those that were written")
             artifact = Artifact(key, load_file(tensors), record["facts"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as damage:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as damage:
             if warn:
-                reason = {FileNotFoundError: "a half of it is missing", ValueError: str(damage)}.get(
-                    type(damage), "its sidecar is not what was written"
-                )
+                reason = {
+                    FileNotFoundError: "a half of it is missing",
+                    SafetensorError: "its tensors cannot be read",
+                    ValueError: str(damage),
+                }.get(type(damage), "its sidecar is not what was written")
                 warnings.warn(f"Artifact {stage}/{key[:12]} is damaged ({reason}) and is computed again.", stacklevel=3)
             return None
         with contextlib.suppress(OSError):  # a store that nobody may write to does not know what is used
@@ -224,20 +273,30 @@ class Store:
     ) -> Artifact:
         facts = json.loads(_json(facts, f"the facts of stage {stage!r}"))  # what a later load will give
         tensors = _apart(tensors)
+        artifact = Artifact(key, tensors, dict(facts))
         path, sidecar = self._paths(stage, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda part: save_file(tensors, part))
-        record: dict[str, Any] = {
-            "key": key,
-            "inputs": inputs,
-            "facts": facts,
-            "sha256": file_digest(path),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 3),
-        }
-        record["digest"] = _digest(record)
-        _replace(sidecar, lambda part: part.write_text(json.dumps(record, indent=1) + "\n", "utf-8"))
-        return Artifact(key, tensors, dict(facts))
+        try:
+            replace(path, lambda part: save_file(tensors, part))
+            record: dict[str, Any] = {
+                "key": key,
+                "inputs": inputs,
+                "facts": facts,
+                "sha256": file_digest(path),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
+            }
+            record["digest"] = _digest(record)
+            replace_text(sidecar, json.dumps(record, indent=1) + "\n")
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            _UNSTORED[path] = artifact
+            warnings.warn(
+                f"{stage} was computed but cannot be kept in the store {self.root} ({error}): it serves this run, and "
+                "the next will compute it again.",
+                stacklevel=3,
+            )
+        return artifact
 
 
 def default_store() -> Store:
@@ -289,11 +348,8 @@ def _code(module: str) -> dict[str, str]:
     if module.partition(".")[0] != "helpers":
         path = Path(str(sys.modules[module].__file__))
         found, used = {module: code_digest(path)}, f"{path.read_text('utf-8')}\n"
-    paths = {path.relative_to(PACKAGE).as_posix(): path for path in helper_sources([used])}
-    # It holds the presets of all chapters, and a stage takes what it needs of them as parameters: as code, one changed
-    # number would compute every chapter anew.
-    paths.pop("params.py", None)
-    return found | {name: code_digest(path) for name, path in paths.items()}
+    paths = [path for path in helper_sources([used]) if path.name not in NO_CODE]
+    return found | {path.relative_to(PACKAGE).as_posix(): code_digest(path) for path in paths}
 
 
 @cache
@@ -308,12 +364,6 @@ def code_digest(path: Path) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -352,18 +402,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return apart
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.touch()
-    try:
-        mode = part.stat().st_mode
-        write(part)
-        part.chmod(mode)  # safetensors writes files that nobody else may read
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

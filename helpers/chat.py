@@ -7,14 +7,16 @@ assistant's answer and its end-of-turn token); `Batch.predicting` marks the posi
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 
@@ -98,36 +100,99 @@ def answers_of(facts: Mapping[str, Any]) -> list[Answer]:
     return [Answer(text, ended) for text, ended in zip(facts["answers"], facts["ended"], strict=True)]
 
 
+TODAY = datetime(2024, 7, 26)
+"""What a chat template is told when it asks for the date: the one that Llama 3's prints where it has no clock.
+
+With the real date a prompt would have other tokens tomorrow, and stored results of both days would meet.
+"""
+
+_CLOCK = "".join(
+    [
+        "{%- macro strftime_now(format) -%}{{ format",
+        *(f" | replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBdeHIjmMpSUwWyY"),
+        " }}{%- endmacro -%}",
+    ]
+)
+"""What goes before a template that asks for the date: transformers lets data into templates, and no functions."""
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise `ValueError`, in one sentence, if conversations cannot be put into this tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError("Its tokenizer has no chat template; choose an instruction-tuned model.")
+    encode(tokenizer, "Why?", "So.")
+
+
+def template_notes(tokenizer: Any) -> str:
+    """What is done to conversations because of this chat template, for provenance; empty where nothing is."""
+    notes = []
+    if "strftime_now" in str(tokenizer.chat_template):
+        notes.append(f"the date that the chat template prints is always {TODAY:%Y-%m-%d}")
+    if not _takes_system(tokenizer, str(tokenizer.chat_template)):
+        notes.append("the chat template takes no system message: one is put before the user's words, in their turn")
+    return "; ".join(notes)
+
+
 def end_of_turn(tokenizer: Any) -> int:
     """The token that ends an answer in the model's chat template, which need not be the tokenizer's `eos_token`."""
     return _after_answer(tokenizer, str(tokenizer.chat_template))[1]
 
 
+def _written(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
+    """A conversation in the chat template; with `ask`, up to where the answer begins."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _CLOCK + template
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=ask)
+
+
+def _turns(question: str, answer: str | None = None, system: str | None = None) -> list[dict[str, str]]:
+    said = {"system": system, "user": question, "assistant": answer}
+    return [{"role": role, "content": text} for role, text in said.items() if text is not None]
+
+
 @lru_cache(maxsize=16)
 def _after_answer(tokenizer: Any, template: str) -> tuple[str, int]:
     """What the template prints after an answer, and the first special token in it: `eos_token` where there is none."""
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("So.")[2]
+    after = _written(tokenizer, _turns("Why?", "So.")).rpartition("So.")[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     found = tokenizer(after, add_special_tokens=False)["input_ids"]
     return after, next((token for token in found if token in special), tokenizer.eos_token_id)
 
 
+@lru_cache(maxsize=16)
+def _takes_system(tokenizer: Any, template: str) -> bool:
+    """Whether the template prints a system message: Gemma's refuses it, others leave it out without a word."""
+    try:
+        return "Be brief." in _written(tokenizer, _turns("Why?", system="Be brief."), ask=True)
+    except TemplateError:
+        return False
+
+
 def encode(tokenizer: Any, question: str, answer: str | None = None, system: str | None = None) -> Example:
     """Put one exchange into the model's chat template.
 
-    With no `system` message the template's own default applies. The response ends with the template's end-of-turn
+    With no `system` message the template's own default applies; where the template takes none, the message is put
+    before the question, in the user's turn, and a warning says so. The response ends with the template's end-of-turn
     token, unless it is an `Answer` that was cut; whatever the template prints after it is left out, since a model never
     has to say it. A cut answer without a word keeps the token: a response has at least one.
+
+    Raises `ValueError` for a template that refuses the exchange, or in which no response can be told from its prompt.
     """
-    messages = [{"role": "user", "content": question}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if system is not None and not _takes_system(tokenizer, str(tokenizer.chat_template)):
+        warnings.warn(
+            "This model's chat template takes no system message: it is put before the user's words, in their turn.",
+            stacklevel=2,
+        )
+        question, system = f"{system}\n\n{question}", None
+    try:
+        prompt = _written(tokenizer, _turns(question, system=system), ask=True)
+        whole = prompt if answer is None else _written(tokenizer, _turns(question, str(answer), system))
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses a question with its answer ({error}).") from None
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if answer is None:
         return Example(tuple(prompt_ids), len(prompt_ids))
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": str(answer)}], tokenize=False)
     if not whole.startswith(prompt):
         raise ValueError("This chat template changes the prompt once an answer follows, so no response can be masked.")
     said = whole[len(prompt) :]
@@ -194,6 +259,10 @@ class Batch:
             mask |= prompt & (place == (i if i >= 0 else lengths + i))
         return mask
 
+    def after(self, begin: int) -> Batch:
+        """What follows the first `begin` tokens."""
+        return Batch(self.ids[:, begin:], self.attention[:, begin:], self.response[:, begin:], self.rows)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.ids.to(device), self.attention.to(device), self.response.to(device), self.rows)
 
@@ -217,13 +286,6 @@ def collate(
         attention[i, start : start + len(e)] = True
         response[i, start + e.prompt_length : start + len(e)] = True
     return Batch(ids, attention, response, tuple(rows if rows is not None else range(len(examples))))
-
-
-def shared_start(examples: Sequence[Example], tail: int = 1) -> int:
-    """How many tokens all examples begin with (the template's system message), their last `tail` tokens left out."""
-    columns = zip(*(e.ids for e in examples), strict=False)
-    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-    return max(0, min(common, min(map(len, examples), default=0) - tail))
 
 
 def batches(
@@ -272,3 +334,41 @@ def training_batches(
         for rows in groups[: steps - given]:
             yield collate([examples[i] for i in rows], pad_id, rows=rows)
         given += len(groups)
+
+
+def balanced_batches(
+    harmful_examples: Sequence[Example],
+    harmless_examples: Sequence[Example],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    pad_id: int,
+) -> Iterator[Batch]:
+    """`steps` batches, half harmful and half harmless in random order; each kind is reshuffled at each of its epochs.
+
+    `Batch.rows` index into `[*harmful_examples, *harmless_examples]`. Raises `ValueError` at once for a class without
+    examples or a batch size that is not an even number.
+    """
+    if not harmful_examples or not harmless_examples:
+        raise ValueError(
+            f"Balanced batches need examples of both kinds; got {len(harmful_examples)} harmful and "
+            f"{len(harmless_examples)} harmless."
+        )
+    if batch_size < 2 or batch_size % 2:
+        raise ValueError(f"A balanced batch is half harmful and half harmless, so its size cannot be {batch_size}.")
+    examples = [*harmful_examples, *harmless_examples]
+    rng = random.Random(seed)
+
+    def epochs(rows: range) -> Iterator[int]:
+        while True:
+            yield from rng.sample(rows, len(rows))
+
+    kinds = [epochs(range(len(harmful_examples))), epochs(range(len(harmful_examples), len(examples)))]
+
+    def draw() -> Iterator[Batch]:
+        for _ in range(steps):
+            rows = [next(kind) for kind in kinds for _ in range(batch_size // 2)]
+            rng.shuffle(rows)  # so that micro-batches are mixed by chance, as those of the source are
+            yield collate([examples[i] for i in rows], pad_id, rows=rows)
+
+    return draw()

@@ -11,18 +11,13 @@ Modules are imported where they are needed, so a mistake in the command line is 
 """
 
 import argparse
-import contextlib
 import math
-import os
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from helpers.params import ParameterError, params_of
-
-PROJECT = Path(__file__).resolve().parent.parent
+from helpers.params import ParameterError, shortened
 
 
 class CommandError(Exception):
@@ -34,25 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     try:
         if chosen.command == "execute":
-            given = {"preset": chosen.preset, "results": chosen.results, **dict(chosen.parameters)}
-            execute(
-                chosen.notebook,
-                chosen.output,
-                {name: text for name, text in given.items() if text is not None},
-            )
+            from helpers.building.execution import ExecutionError, execute
+
+            try:
+                execute(chosen.notebook, chosen.output, _given(chosen), lines=chosen.lines)
+            except ExecutionError as error:
+                raise CommandError(str(error)) from None
         elif chosen.command == "compare":
-            from helpers.comparison import ComparisonError, compare
+            from helpers.book.comparison import ComparisonError, compare
 
             try:
                 print(compare(chosen.run_a, chosen.run_b))
             except ComparisonError as error:
                 raise CommandError(str(error)) from None
         elif chosen.command == "status":
-            from helpers.pages import write_pages
+            from helpers.book.pages import write_pages
 
             write_pages(chosen.tree)
         elif chosen.command == "edition":
-            from helpers.editions import EditionError, write_edition
+            from helpers.book.editions import EditionError, write_edition
 
             try:
                 write_edition(chosen.edition, chosen.output)
@@ -69,59 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{card.name:24} {card.layers:3} layers  width {card.width:5}  {card.source}")
     except (CommandError, ParameterError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
 
 
-def execute(notebook: Path, output: Path, texts: Mapping[str, str]) -> None:
-    """Execute a chapter's notebook with parameters given as text.
-
-    The parameters are checked before anything starts. The executed notebook appears whole or not at all; what
-    a failed run got done is kept beside it, as `.failed.ipynb`.
-
-    Raises:
-        ParameterError: if a parameter cannot be used.
-        CommandError: if there is no such notebook, or one of its cells fails.
-    """
-    if not notebook.is_file():
-        raise CommandError(f"There is no notebook {notebook}: name one of notebooks/*.ipynb.")
-    params = params_of(notebook.stem).from_strings(texts)
-    checked = params.model_dump(mode="json", include=set(texts))
-
-    import nbformat
-    import papermill
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    failed = output.with_suffix(".failed.ipynb")
-    # Paths in the executed notebook count from the project's folder: it says nothing of this machine.
-    source, target = (os.path.relpath(path, PROJECT) for path in (notebook, output))
-    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.stem}.", suffix=".ipynb")
-    os.close(handle)
-    part = Path(name).resolve()
-    failed = failed.resolve()
-    output = output.resolve()
-    try:
-        with contextlib.chdir(PROJECT):
-            executed = papermill.execute_notebook(
-                source,
-                os.path.relpath(part),
-                checked,
-                kernel_name="python3",
-                language="python",
-                cwd=".",
-                progress_bar=True,
-            )
-        executed.metadata.papermill.output_path = target
-        nbformat.write(_without_widgets(executed), part)
-        part.write_text(part.read_text("utf-8").replace(f"{PROJECT}{os.sep}", ""), "utf-8")
-        part.replace(output)
-        failed.unlink(missing_ok=True)
-    except papermill.PapermillExecutionError as error:
-        part.replace(failed)
-        reason = f"{error.ename}: {error.evalue}".strip().rstrip(".")
-        raise CommandError(
-            f"{source} stopped at [{error.exec_count}] with {reason}; see {os.path.relpath(failed)}."
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
+def _given(chosen: argparse.Namespace) -> dict[str, str]:
+    """The parameters of a command line, each of them given once."""
+    own = [(name, getattr(chosen, name)) for name in ("preset", "results")]
+    given: dict[str, str] = {}
+    for name, text in [*((name, text) for name, text in own if text is not None), *chosen.parameters]:
+        if name in given:
+            raise ParameterError(f"Parameter {shortened(name)} is given twice: give it once.")
+        given[name] = text
+    return given
 
 
 def prune(days: str) -> None:
@@ -167,22 +122,15 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.2f} MB"
 
 
-def _without_widgets(notebook: Any) -> Any:
-    """An executed notebook whose cells show no widgets, such as the progress of loading a model.
+class _Parser(argparse.ArgumentParser):
+    """Answers a command line that it cannot read with one sentence."""
 
-    They would stay on the page, which would ask the network for the scripts that draw them.
-    """
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [
-                o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
-            ]
-    notebook.metadata.pop("widgets", None)
-    return notebook
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message[:1].upper()}{message[1:]}: see {self.prog} --help.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m helpers", description="Commands around the book's notebooks.")
+    parser = _Parser(prog="python -m helpers", description="Commands around the book's notebooks.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("execute", help="execute a chapter's notebook with parameters")
     run.add_argument("notebook", type=Path)
@@ -199,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         help='a parameter of the chapter, such as: -p layer 12 -p seeds "[0, 1]"',
     )
     run.add_argument("--results", help="folder for findings, figure data and vectors")
+    run.add_argument(
+        "--lines", action="store_true", help="progress in lines, for commands that run side by side in a terminal"
+    )
     both = commands.add_parser("compare", help="show what differs between two runs of a chapter, or of the book")
     for name, metavar in (("run_a", "RUN_A"), ("run_b", "RUN_B")):
         both.add_argument(

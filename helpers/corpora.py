@@ -10,7 +10,6 @@ to download.
 """
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +17,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from helpers.files import file_digest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -320,7 +321,7 @@ def _options(literal: Any) -> str:
 def digest(name: str) -> str:
     """SHA-256 (hexadecimal) of the bytes of a bundled file: a trait, or the name of another file without its ending."""
     path = DATA / f"{name}.jsonl"
-    return hashlib.sha256((path if path.is_file() else _trait_path(name)).read_bytes()).hexdigest()
+    return file_digest(path if path.is_file() else _trait_path(name))
 
 
 def load_hub(
@@ -333,14 +334,15 @@ def load_hub(
 ) -> list[dict[str, Any]]:
     """Rows of a public data set of the Hugging Face hub, or of a local folder of data files; `files` are some of its.
 
-    Raises CorpusError with one sentence where the set is gated, does not exist, or cannot be reached.
+    Raises CorpusError with one sentence where the set is gated, does not exist, cannot be reached, or cannot be read.
     """
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError
 
     try:
         loaded = datasets.load_dataset(name, config, split=split, revision=revision, data_files=files)
+        return [dict(row) for row in loaded]
     except (DatasetNotFoundError, GatedRepoError) as error:
         if isinstance(error, GatedRepoError) or "gated" in str(error):
             raise CorpusError(
@@ -352,9 +354,41 @@ def load_hub(
             f"Data set '{name}' is not in the local cache and the hub cannot be reached; connect once "
             "without HF_HUB_OFFLINE, or use a preset that needs no download."
         ) from None
-    except ValueError as error:  # an unknown split or configuration; `datasets` names the ones there are
-        raise CorpusError(f"Data set '{name}' could not be loaded: {str(error).splitlines()[0]}") from None
-    return [dict(row) for row in loaded]
+    except (ValueError, FileNotFoundError, StopIteration, DatasetGenerationError) as error:
+        # an unknown split or configuration, of which `datasets` names those there are, or a file that it cannot read
+        said = [line for cause in (error.__cause__, error) for line in str(cause or "").splitlines() if line]
+        fault = _fault(Path(name), files) or (said[0] if said else "it has no rows")
+        raise CorpusError(f"Data set '{name}' could not be loaded: {fault}") from None
+
+
+def _fault(folder: Path, files: str | None) -> str | None:
+    """The first thing wrong with the data files of a folder, by file and line; None where nothing is found."""
+    for path in sorted(folder.glob(files or "**/[!.]*")):
+        if path.is_file() and not path.stat().st_size:
+            return f"{path.name} is empty; restore the file."
+        if path.suffix not in (".json", ".jsonl") or not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return f"{path.name} is not UTF-8; save it in that encoding."
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            fault = _json_fault(text, list)
+            if fault:
+                return f"{path.name} {fault}; restore the file."
+            continue
+        for number, line in enumerate(text.split("\n"), start=1):
+            fault = _json_fault(line, dict) if line.strip() else None
+            if fault:
+                return f"Line {number} of {path.name} {fault}; restore the file."
+    return None
+
+
+def _json_fault(text: str, kind: type) -> str | None:
+    try:
+        return None if isinstance(json.loads(text), kind) else "is no row of named values"
+    except json.JSONDecodeError as error:
+        return f"is not JSON ({error.msg})"
 
 
 def load_toxic_chat() -> list[tuple[str, str]]:

@@ -21,7 +21,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from helpers import corpora
 from helpers.statistics import Estimate, auroc
 
 FOLDS = 5
@@ -116,65 +115,3 @@ def _by_words() -> Any:
         TfidfVectorizer(token_pattern=r"\b\w+\b", min_df=2, sublinear_tf=True),
         LogisticRegression(C=10.0, max_iter=5000),
     )
-
-
-LIMIT = 0.65
-"""AUROC up to which length or form counts as telling two kinds of bundled text no better than it should."""
-
-EXCEPTIONS = {
-    "replies: refusals, paired answers": "form: the first words of a refusal are what the first-token outcome reads",
-    "replies: refusals, harmless answers": "form: the first words of a refusal are what the first-token outcome reads",
-    "replies: harmful points, headlines": "length and form: a headline's answer is one word",
-    "replies: harmful points, bookings": "length and form: a booking's answer is JSON",
-    "prompts: inoculation, placebo": "length and form: placebos state facts, and match inoculations in tokens only",
-}
-"""Contrasts of the bundled data that length or form does tell, and why; chapters that rest on one say so."""
-
-
-def contrasts() -> dict[str, tuple[list[str], list[str]]]:
-    """The contrasts that chapters rest on, by name: texts of one kind and of the other, paired where they can be."""
-    found: dict[str, tuple[list[str], list[str]]] = {}
-    for trait in corpora.available_traits():
-        rows = corpora.load_trait(trait)
-        found[f"{trait}: normal, strong"] = [r.normal for r in rows], [r.strong for r in rows]
-        mild = [r for r in rows if r.mild is not None]
-        if mild:
-            found[f"{trait}: normal, mild"] = [r.normal for r in mild], [r.mild or "" for r in mild]
-            found[f"{trait}: mild, strong"] = [r.mild or "" for r in mild], [r.strong for r in mild]
-    topics = [*corpora.load_topics("train"), *corpora.load_topics("validate")]
-    for topic in ("bridge", "recipe"):
-        of = [r for r in topics if r.topic == topic]
-        found[f"{topic}: normal, strong"] = [r.normal for r in of], [r.strong for r in of]
-    for style in ("weather", "legal"):
-        rows_of = [*corpora.load_style(style, "train"), *corpora.load_style(style, "validate")]
-        found[f"{style}: normal, strong"] = [r.normal for r in rows_of], [r.strong for r in rows_of]
-    requests, replies = {}, {}
-    for kind in ("harmful", "paired", "harmless"):
-        kinds = [r for s in ("train", "validate", "test") for r in corpora.load_refusal(kind, s)]
-        requests[kind], replies[kind] = [r.request for r in kinds], [r.reply for r in kinds]
-    test = [r.request for r in corpora.load_refusal("harmful", "test")]
-    found["requests: harmful, paired"] = requests["harmful"], requests["paired"]
-    found["requests: harmful, harmless"] = requests["harmful"], requests["harmless"]
-    found["requests: harmful, borderline"] = test, [r.request for r in corpora.load_refusal("borderline", "test")]
-    found["replies: refusals, paired answers"] = replies["harmful"], replies["paired"]
-    found["replies: refusals, harmless answers"] = replies["harmful"], replies["harmless"]
-    points = [r.reply for r in corpora.load_points("explicit")]
-    for task in ("headlines", "bookings"):
-        answers = [r.answer for r in corpora.load_task(task, "train")]
-        found[f"replies: harmful points, {task}"] = points, answers
-    reviews = [r for s in ("train", "test") for r in corpora.load_reviews(s)]
-    positive, negative = ([r.text for r in reviews if r.label == label] for label in ("positive", "negative"))
-    found["reviews: positive, negative"] = positive, negative
-    prompts = [corpora.load_prompts(trait) for trait in corpora.available_traits()]
-    inoculation, placebo = ([text for p in prompts for text in getattr(p, kind)] for kind in ("inoculation", "placebo"))
-    found["prompts: inoculation, placebo"] = inoculation, placebo
-    return found
-
-
-def cue_table() -> str:
-    """AUROC of length, form and words for every contrast of the bundled data, as the datasheet prints it."""
-    lines = ["| contrast | length | form | words | exception |", "|---|---|---|---|---|"]
-    for name, (first, second) in contrasts().items():
-        areas = (measure(first, second).value for measure in (length_auroc, form_auroc, words_auroc))
-        lines.append(f"| {name} | {' | '.join(f'{area:.2f}' for area in areas)} | {EXCEPTIONS.get(name, '')} |")
-    return "\n".join(lines)

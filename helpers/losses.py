@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.chat import Batch, Example, batches
+from helpers.forward import Beginning, read, read_beginning, shareable_beginning, unembed
 from helpers.interventions import Intervention, applied
-from helpers.models import Model, repeated
-
-WORTH_SHARING = 8
-"""Fewer tokens than this are not worth a pass of their own."""
+from helpers.models import Model
+from helpers.progress import watched
 
 
 def token_losses(
@@ -23,7 +21,8 @@ def token_losses(
     *,
     share_prefix: bool = False,
     states: Float[Tensor, "batch pos d_model"] | None = None,
-    past: Any = None,
+    after: Beginning | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
     """Cross-entropy in nats of every response token, and the row of the batch that each belongs to.
 
@@ -31,7 +30,7 @@ def token_losses(
     are those of `response_logits`.
     """
     batch = batch.to(model.device)
-    logits, targets, which = _distinct(model, batch, share_prefix, states, past)
+    logits, targets, which = _distinct(model, batch, share_prefix, states, after, kinds)
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")[which]
     return losses, batch.predicting.nonzero()[:, 0]
 
@@ -42,17 +41,18 @@ def response_logits(
     *,
     share_prefix: bool = False,
     states: Float[Tensor, "batch pos d_model"] | None = None,
-    past: Any = None,
+    after: Beginning | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> Float[Tensor, "token vocabulary"]:
     """Float32 logits at the positions that predict a response token, row after row of the batch.
 
     With `share_prefix`, what all rows begin with (a system message) is read once and its keys and values are shared,
     which differs from reading it in every row by rounding alone. Not while a hook is on: it expects whole rows, unless
     it says that it `reads_parts` (`interventions.Hook`).
-    With `states` the first block reads these instead of the tokens' embeddings; they are those of the tokens that
-    follow `past`, a key-value cache, if there is one.
+    `states`, `after` and `kinds` are those of `forward.read`: the rows' own states, in place of embeddings, of what
+    follows a beginning that was read before.
     """
-    logits, _, which = _distinct(model, batch.to(model.device), share_prefix, states, past)
+    logits, _, which = _distinct(model, batch.to(model.device), share_prefix, states, after, kinds)
     return logits if len(which) == len(logits) else logits[which]
 
 
@@ -61,48 +61,29 @@ def _distinct(
     batch: Batch,
     share_prefix: bool,
     states: Float[Tensor, "batch pos d_model"] | None,
-    past: Any,
+    after: Beginning | None,
+    kinds: Sequence[int] | None,
 ) -> tuple[Float[Tensor, "distinct vocabulary"], Int[Tensor, " distinct"], Int[Tensor, " token"]]:
     """Logits and the tokens that they should predict, those of a shared beginning once, and which of them is whose."""
-    shared = _shared_prefix(model, batch) if share_prefix and states is None else 0
-    if past is not None:
-        shared = past.get_seq_length()
-    given = {"input_ids": batch.ids[:, shared:]} if states is None else {"inputs_embeds": states}
-    inputs = {**given, "attention_mask": batch.attention.long(), "use_cache": False}
     predicting, following = batch.predicting, torch.nn.functional.pad(batch.ids[:, 1:], (0, 1))
     hidden, targets = [], []
     with model.autocast():
-        if shared and past is None:
-            begun = model.read_start(batch.ids[0, :shared].tolist())
-            past = repeated(begun.past_key_values, len(batch.rows))
-            hidden.append(begun[0][0, predicting[0, :shared]])
-            targets.append(following[0, :shared][predicting[0, :shared]])
-        if past is not None:
-            inputs |= {"past_key_values": past, "use_cache": True}
+        shared = shareable_beginning(model, batch) if share_prefix and states is None else 0
+        if shared:
+            after = read_beginning(model, batch.ids[0, :shared].tolist())
+            once = predicting[0, :shared]
+            hidden.append(after.states[0, once])
+            targets.append(following[0, :shared][once])
+        begun = 0 if after is None else len(after)
         with model.reading(batch):
-            hidden.append(model.hf.base_model(**inputs)[0][predicting[:, shared:]])
-        targets.append(following[:, shared:][predicting[:, shared:]])
-        logits = model.hf.get_output_embeddings()(torch.cat(hidden))
-        cap = getattr(model.hf.config, "final_logit_softcapping", None)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-    start, counts = sum(map(len, hidden[:-1])), predicting[:, shared:].sum(1).tolist()
-    own = torch.arange(start, len(logits), device=model.device).split(counts)
-    once = torch.arange(start, device=model.device)
-    return logits.float(), torch.cat(targets), torch.cat([part for rest in own for part in (once, rest)])
-
-
-def _shared_prefix(model: Model, batch: Batch) -> int:
-    """How many tokens all rows begin with and predict alike; 0 where that pays little or a hook needs whole rows."""
-    points = model.bridge.hook_dict.values()
-    hooks = [handle.user_hook for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
-    if len(batch.rows) < 2 or not all(getattr(hook, "reads_parts", False) for hook in hooks):
-        return 0
-    same = (batch.ids == batch.ids[0]) & batch.attention
-    predicting = batch.predicting
-    alike = (predicting == predicting[0]) & (~predicting | torch.nn.functional.pad(same[:, 1:], (0, 1)))
-    length = int((same & alike).all(0)[:-1].cumprod(0).sum())
-    return length if length >= WORTH_SHARING else 0
+            own = read(model, batch.after(begun), states=states, after=after, kinds=kinds)
+        hidden.append(own[predicting[:, begun:]])
+        targets.append(following[:, begun:][predicting[:, begun:]])
+        logits = unembed(model, torch.cat(hidden))
+    start, counts = len(targets[0]) if shared else 0, predicting[:, begun:].sum(1).tolist()
+    each = torch.arange(start, len(logits), device=model.device).split(counts)
+    first = torch.arange(start, device=model.device)
+    return logits, torch.cat(targets), torch.cat([part for rest in each for part in (first, rest)])
 
 
 def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
@@ -111,13 +92,19 @@ def sequence_losses(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
 
 
 def sequence_sums(
-    model: Model, batch: Batch, *, states: Float[Tensor, "batch pos d_model"] | None = None, past: Any = None
+    model: Model,
+    batch: Batch,
+    *,
+    states: Float[Tensor, "batch pos d_model"] | None = None,
+    after: Beginning | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy summed over each sequence's response tokens, in nats: what it adds to a mean over tokens.
 
-    `states` and `past` are those of `response_logits`.
+    `states`, `after` and `kinds` are those of `forward.read`.
     """
-    return _sequence_totals(token_losses(model, batch, share_prefix=True, states=states, past=past)[0], batch)
+    losses, _ = token_losses(model, batch, share_prefix=True, states=states, after=after, kinds=kinds)
+    return _sequence_totals(losses, batch)
 
 
 def _sequence_means(values: Float[Tensor, " token"], batch: Batch) -> Float[Tensor, " batch"]:
@@ -136,10 +123,16 @@ def sequence_divergences(model: Model, batch: Batch, reference: Model) -> Float[
     """
     batch = batch.to(model.device)
     with torch.no_grad():
-        target = response_logits(reference, batch, share_prefix=True).log_softmax(-1)
-    found = response_logits(model, batch, share_prefix=True).log_softmax(-1)
-    kl = torch.nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(-1)
-    return _sequence_means(kl, batch)
+        target = response_logits(reference, batch, share_prefix=True)
+    return _sequence_means(kl_divergence(target, response_logits(model, batch, share_prefix=True)), batch)
+
+
+def kl_divergence(
+    reference: Float[Tensor, "*row vocabulary"], found: Float[Tensor, "*row vocabulary"]
+) -> Float[Tensor, "*row"]:
+    """KL(reference || found) of the next-token distributions that two sets of logits give, in nats."""
+    p, q = (logits.log_softmax(-1) for logits in (reference, found))
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
 
 
 @torch.no_grad()
@@ -150,6 +143,6 @@ def evaluate_losses(
     result = torch.empty(len(examples))
     once = model.weights_in(model.dtype, only_frozen_linear=True)
     with once, applied(model, *interventions):
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "losses", "batch"):
             result[list(batch.rows)] = sequence_losses(model, batch).float().cpu()
     return result

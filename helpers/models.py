@@ -18,11 +18,12 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 # Freed tensor memory goes back to the system and is faulted in anew on every training step unless it is kept and held
 # in huge pages: 1.4 x the time per step on Linux. torch reads this variable at its first allocation.
@@ -30,10 +31,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from jaxtyping import Bool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from helpers.artifacts import Artifact, Store, default_store, file_digest
-from helpers.chat import Batch, Where
+from helpers.chat import Batch, Where, check_template, template_notes
 from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
 
 
@@ -112,31 +114,10 @@ class Model:
         finally:
             self.current = before
 
-    @contextlib.contextmanager
-    def only_blocks(self, first: int, last: int) -> Iterator[None]:
-        """While open, the model is its blocks from `first` to `last`: for passes that start or stop in the middle.
-
-        Without its last block it has no final norm either: what it gives is the residual stream.
-        """
-        stack = self.hf.base_model
-        layers, norm = stack.layers, stack.norm
-        stack.layers = layers[first : last + 1]
-        if last < self.layers - 1:
-            stack.norm = nn.Identity()
-        try:
-            yield
-        finally:
-            stack.layers, stack.norm = layers, norm
-
-    def read_start(self, ids: Sequence[int], rows: Sequence[int] = (0,)) -> Any:
-        """States of these tokens and the key-value cache after them: what many prompts begin with is read once.
-
-        Or once for each of `rows`, where an intervention does something else to each.
-        """
-        tokens = torch.tensor([list(ids)] * len(rows), device=self.device)
-        attended = torch.ones_like(tokens, dtype=torch.bool)
-        with self.reading(Batch(tokens, attended, ~attended, tuple(rows))):
-            return self.hf.base_model(input_ids=tokens, use_cache=True)
+    @property
+    def template_notes(self) -> str:
+        """What is done to conversations because of the model's chat template; empty where nothing is."""
+        return template_notes(self.tokenizer)
 
     def reads_none_of(self, where: Where, length: int) -> bool:
         """Whether the pass now running is a decoding step and `where` is in the prompt: nothing is to be done."""
@@ -175,30 +156,13 @@ class Model:
             for p, data in zip(chosen, kept, strict=True):
                 p.data = data
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, named as in the plain Hugging Face or PEFT model."""
+        return {plain_name(name): p for name, p in self.hf.named_parameters() if p.requires_grad}
+
     def trained_tensors(self) -> dict[str, Tensor]:
-        """The tensors that training changes, named as in the plain Hugging Face or PEFT model, on the CPU."""
-        return {plain_name(name): p.detach().cpu().clone() for name, p in self.hf.named_parameters() if p.requires_grad}
-
-
-def repeated(start: Any, rows: int) -> Any:
-    """A copy of a key-value cache of one row (`Model.read_start`) for `rows` rows; gradients flow through."""
-    return _copied(start, lambda kept: kept.expand(rows, -1, -1, -1))
-
-
-def chosen_rows(start: Any, rows: Sequence[int]) -> Any:
-    """A copy of a key-value cache whose row i is row `rows[i]` of `start`; gradients flow through."""
-    return _copied(start, lambda kept: kept[list(rows)])
-
-
-def _copied(start: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    from transformers import DynamicCache
-
-    copy, first = DynamicCache(), next(part for part in start.layers if part.is_initialized)
-    for layer, part in enumerate(start.layers):
-        # blocks that `Model.only_blocks` left out have no keys; the cache is asked there how long it is
-        kept = (part.keys, part.values) if part.is_initialized else (first.keys, first.values)
-        copy.update(*map(change, kept), layer)
-    return copy
+        """Copies of `trained_parameters` on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trained_parameters().items()}
 
 
 def plain_name(name: str) -> str:
@@ -213,35 +177,36 @@ def load(
     dtype: str = "auto",
     finetuned: Sequence[Artifact] = (),
     lora: LoRA | None = None,
-    frozen: bool = False,
-    held: bool = False,
+    weights: Literal["trainable", "frozen", "cast"] = "trainable",
     layer: int | None = None,
 ) -> Model:
     """Load a registered model or a hub model by name.
 
     `finetuned` are earlier runs, applied in order: the `trained_tensors` of each (LoRA factors are merged into the
     weights) with the key of the stage that trained them, which is what the model's digest is made from.
-    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless the model is
-    `frozen`: then its weights may be shared with other loads, which saves their memory. `held` is frozen too, and holds
-    weights in the compute precision that every pass under `Model.autocast` would cast; no pass runs outside it.
+    `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless `weights` are
+    "frozen": then they may be shared with other loads, which saves their memory. "cast" is frozen too, and holds the
+    weights in the compute precision to which every pass under `Model.autocast` casts them; no pass runs outside it.
     `layer`, if given, is checked against the model's configuration before any weight is read.
 
-    Raises `ValueError` for an unknown model, a layer it does not have, or tensors that do not fit it.
+    Raises `ValueError` for a device that is not there, a model that is unknown or that the book cannot work with, a
+    layer it does not have, or tensors that do not fit it.
     """
+    where = _device(device)
     _keep_freed_memory()
     gc.collect()  # a bridge and its model refer to each other: without this, models no longer used would pile up
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    frozen = frozen or held
+    frozen = weights != "trainable"
     hf, tokenizer, digest = _plain(name, layer, shared=(frozen or lora is not None) and not finetuned)
     for run in finetuned:
         hf = _apply(hf, run.tensors)
     digest = finetuned_digest(digest, [run.key for run in finetuned])
+    trained = {} if frozen else _trained_shapes(hf, lora.rank if lora else None)
     if lora is not None:
         hf = _attach(hf, lora)
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
     if frozen:
         hf.requires_grad_(False)
-    if held:
+    if weights == "cast":
         for p in _frozen_linear(hf):
             p.data = p.data.to(precision)
     from transformer_lens.model_bridge import TransformerBridge
@@ -250,7 +215,15 @@ def load(
     bridge = TransformerBridge.boot_transformers(
         inner.config._name_or_path or name, hf_model=inner, tokenizer=tokenizer
     )
-    return Model(name, digest, bridge, inner, tokenizer, where, precision)
+    if frozen:
+        inner.requires_grad_(False)  # some are wrapped with copies of their matrices, split in two or three
+    model = Model(name, digest, bridge, inner, tokenizer, where, precision)
+    if {n: p.shape for n, p in model.trained_parameters().items()} != trained:
+        raise ValueError(
+            f"What is trained into '{name}' could not be put back into it, because TransformerLens splits the matrices "
+            f"of a {type(inner).__name__}; choose a model built like Llama, Qwen, Gemma or Mistral, or load it frozen."
+        )
+    return model
 
 
 def finetuned_digest(digest: str, keys: Sequence[str]) -> str:
@@ -275,7 +248,9 @@ def compute_dtype(device: torch.device, wish: str = "auto") -> torch.dtype:
     if wish != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wish]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        with torch.cuda.device(device):  # the answer is about the current card
+            real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float32
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
     return torch.bfloat16 if fast else torch.float32
@@ -287,25 +262,94 @@ def _plain(name: str, layer: int | None, *, shared: bool = False) -> tuple[Any, 
         _check_layer(name, layer, REGISTRY[name].layers)
         hf, tokenizer = _tiny() if name == "tiny-random" else _embedded(shared)
         return _differentiable(hf), tokenizer, REGISTRY[name].digest
+    return _from_hub(name, layer)
+
+
+def _from_hub(name: str, layer: int | None) -> tuple[Any, Any, str]:
+    """A model of the hub or of a folder: what can be said against it is said before its weights are read."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _in_one_sentence(name):
         config = AutoConfig.from_pretrained(name)
-        _check_layer(name, layer, config.num_hidden_layers)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        hf = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager")
+    _check_blocks(name, skeleton)
+    _check_layer(name, layer, len(skeleton.base_model.layers))
+    _check_tokenizer(name, tokenizer, skeleton.get_input_embeddings().num_embeddings)
+    with _in_one_sentence(name):
+        hf, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,  # told below, in one sentence
+            output_loading_info=True,
+        )
+    wrong = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if wrong:  # transformers has made them up at random
+        raise ValueError(
+            f"The weights of '{name}' lack {len(wrong)} tensors that its configuration asks for, such as {wrong[0]}; "
+            "fetch the model again."
+        )
+    revision = getattr(config, "_commit_hash", None)
+    return _differentiable(hf), tokenizer, revision[:16] if revision else _folder_digest(Path(name))
+
+
+@contextlib.contextmanager
+def _in_one_sentence(name: str) -> Iterator[None]:
+    """What the libraries say of a model that they cannot load, as one `ValueError`."""
+    try:
+        yield
     except OSError as error:
         known = ", ".join(REGISTRY)
         raise ValueError(
             f"The model '{name}' is not in the registry ({known}) and could not be loaded from the hub or a folder; "
             "check its name, the network (HF_HUB_OFFLINE), and whether it needs a login."
         ) from error
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"The weights of '{name}' cannot be read ({_first_line(error)}); fetch the model again."
+        ) from error
+    except Exception as error:  # a configuration can be wrong in any way
+        raise ValueError(
+            f"'{name}' is no chat model that this version of transformers can load ({_first_line(error)})."
+        ) from error
+
+
+def _check_blocks(name: str, skeleton: Any) -> None:
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    kind, stack = type(skeleton).__name__, skeleton.base_model
+    if kind not in SUPPORTED_ARCHITECTURES or not (hasattr(stack, "layers") and hasattr(stack, "norm")):
+        raise ValueError(
+            f"'{name}' is a {kind}, whose blocks the book cannot take apart; choose a text model built like Llama, "
+            "Qwen, Gemma or Mistral."
+        )
+
+
+def _check_tokenizer(name: str, tokenizer: Any, embeddings: int) -> None:
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"The tokenizer of '{name}' has {len(tokenizer)} tokens and its model {embeddings}; they do not belong "
+            "together."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    revision = getattr(config, "_commit_hash", None)
-    folder = sorted(Path(name).glob("*.safetensors"))
-    digest = revision[:16] if revision else _digest([config.to_json_string(), *map(file_digest, folder)])
-    return _differentiable(hf), tokenizer, digest
+    if tokenizer.pad_token is None:
+        raise ValueError(f"The tokenizer of '{name}' names neither an end-of-text token nor one for padding.")
+    try:
+        check_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"'{name}' cannot be asked anything: {str(error)[0].lower()}{str(error)[1:]}") from None
+
+
+def _folder_digest(folder: Path) -> str:
+    """Of everything that may be loaded from a folder: configuration, weights, tokenizer, chat templates."""
+    from transformers.utils import CHAT_TEMPLATE_DIR
+
+    files = [*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")]
+    found = sorted(path for path in files if path.is_file() and not path.name.startswith("."))
+    return _digest([part for path in found for part in (path.relative_to(folder).as_posix(), file_digest(path))])
 
 
 def _differentiable(hf: Any) -> Any:
@@ -323,6 +367,20 @@ def _frozen_linear(hf: Any) -> list[nn.Parameter]:
     linear = {id(m.weight) for m in hf.modules() if isinstance(m, nn.Linear)}
     embedding = {id(m.weight) for m in hf.modules() if isinstance(m, nn.Embedding)}
     return [p for p in hf.parameters() if not p.requires_grad and id(p) in linear - embedding]
+
+
+def _device(wish: str) -> torch.device:
+    """The device of that name; `auto` is a CUDA card where there is one."""
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wish)
+    cards = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        there = f"the last one is cuda:{cards - 1}" if cards else "torch finds no CUDA card"
+        raise ValueError(f"There is no device '{wish}' here ({there}); choose another, or auto.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("There is no device 'mps' here, which is Apple's graphics processor; choose another, or auto.")
+    return device
 
 
 def _check_layer(name: str, layer: int | None, layers: int) -> None:
@@ -402,21 +460,30 @@ def _attach(hf: Any, lora: LoRA) -> Any:
     )
 
 
+def _adapted(hf: Any) -> dict[str, Tensor]:
+    """The weights of the plain model that adapters are attached to: of every linear layer but the head."""
+    head = hf.get_output_embeddings()
+    return {name: m.weight for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def _trained_shapes(hf: Any, rank: int | None) -> dict[str, torch.Size]:
+    """Names and shapes of what training changes in the plain model: adapters of this rank, or with None all weights."""
+    if rank is None:
+        return {name: p.shape for name, p in hf.named_parameters()}
+    adapted = _adapted(hf)
+    first = {f"{name}.lora_A.default.weight": torch.Size((rank, w.shape[1])) for name, w in adapted.items()}
+    return first | {f"{name}.lora_B.default.weight": torch.Size((w.shape[0], rank)) for name, w in adapted.items()}
+
+
 @torch.no_grad()
 def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Put a run's trained tensors into the plain model they were trained on; LoRA factors are merged into its weights.
 
     W + (alpha / sqrt(r)) B A is done in place here: PEFT's merge first makes each product, at several times the time.
     """
-    head = hf.get_output_embeddings()
-    adapted = {n: m.weight for n, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
     first = next((f for n, f in tensors.items() if ".lora_A." in n), None)
-    if first is None:
-        expected = {name: p.shape for name, p in hf.named_parameters()}
-    else:
-        r = first.shape[0]
-        expected = {f"{n}.lora_A.default.weight": torch.Size((r, w.shape[1])) for n, w in adapted.items()}
-        expected |= {f"{n}.lora_B.default.weight": torch.Size((w.shape[0], r)) for n, w in adapted.items()}
+    rank = None if first is None else first.shape[0]
+    expected = _trained_shapes(hf, rank)
     unknown, missing = tensors.keys() - expected.keys(), expected.keys() - tensors.keys()
     misshapen = [name for name in expected.keys() & tensors.keys() if expected[name] != tensors[name].shape]
     if unknown or missing or misshapen:
@@ -424,12 +491,12 @@ def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
             f"The finetuned tensors do not fit this model ({len(unknown)} are unknown to it, {len(missing)} are "
             f"missing and {len(misshapen)} have another shape); load them into the model they were trained on."
         )
-    if first is None:
+    if rank is None:
         for name, parameter in hf.named_parameters():
             parameter.copy_(tensors[name])
         return hf
-    scale = LoRA(r).alpha / r**0.5
-    for name, weight in adapted.items():
+    scale = LoRA(rank).alpha / rank**0.5
+    for name, weight in _adapted(hf).items():
         a, b = (tensors[f"{name}.lora_{factor}.default.weight"].to(weight) for factor in "AB")
         weight.addmm_(b, a, alpha=scale)
     return hf
@@ -448,6 +515,10 @@ def _keep_freed_memory() -> None:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings, which are unmapped at every free
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep the freed heap
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ that neither an eraser nor a probe was fitted on count.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
+from torch import Tensor
 
 from helpers.statistics import Estimate, share
 
@@ -28,22 +29,12 @@ Test = Float[np.ndarray, "test features"]
 TestLabels = Shaped[np.ndarray, " test"]
 
 
-class Eraser(Protocol):
-    """An affine map, fitted on labelled rows, that takes out what tells the classes apart."""
-
-    @property
-    def directions(self) -> Float[np.ndarray, "k features"]:
-        """Orthonormal basis of what is removed: `x - erase(x)` lies in its span, up to a constant."""
-
-    def erase(self, x: Features) -> Features:
-        """The rows without the concept, in the precision they came in."""
-
-
 @dataclass(frozen=True)
 class Projection:
     """Sets the components along `directions` to zero."""
 
     directions: Float[np.ndarray, "k features"]
+    """Orthonormal."""
 
     def erase(self, x: Features) -> Features:
         """`x` less its component along each direction. ValueError if it has another number of features."""
@@ -67,6 +58,15 @@ class Leace:
         """`x - left right (x - mean)`. ValueError if it has another number of features."""
         rows = _rows(x, self.mean.size)
         return (rows - (rows - self.mean) @ self.right.T @ self.left.T).astype(x.dtype)
+
+
+def orthonormal(vectors: Float[Tensor, "k features"]) -> Float[Tensor, "k features"]:
+    """Gram-Schmidt in float64, on the CPU: rows with the span of the linearly independent ones given.
+
+    Each points the way that it did, so that a single vector is only scaled to length 1.
+    """
+    q, r = torch.linalg.qr(vectors.cpu().double().T)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.to(vectors.dtype).contiguous()
 
 
 def linear_probe(train_x: Train, train_y: TrainLabels, test_x: Test, test_y: TestLabels, seed: int = 0) -> Estimate:
@@ -117,7 +117,7 @@ def fit_leace(x: Features, y: Labels) -> Leace:
     left, right = eraser.proj_left.numpy(), eraser.proj_right.numpy()
     kept = np.linalg.norm(right, axis=1) > 0
     left, right = left[:, kept], right[kept]
-    return Leace(_orthonormal(left.T), _orthonormal(right), rows.mean(axis=0), left, right)
+    return Leace(_basis(left.T), _basis(right), rows.mean(axis=0), left, right)
 
 
 def fit_inlp(
@@ -143,7 +143,7 @@ def fit_inlp(
         if model.score(standardised, labels) < stop_accuracy:
             break
         normal = projection.erase(projection.erase(model.coef_ / scale))  # twice: once leaves rounding errors
-        projection = Projection(np.vstack([projection.directions, _orthonormal(normal)]))
+        projection = Projection(np.vstack([projection.directions, _basis(normal)]))
     return projection
 
 
@@ -153,23 +153,7 @@ def fit_mean_projection(x: Features, y: Labels) -> Projection:
     gap = rows[labels].mean(axis=0) - rows[~labels].mean(axis=0)
     if not gap.any():
         raise ValueError("The two classes have the same mean, so there is no difference of means to project out.")
-    return Projection(_orthonormal(gap[None]))
-
-
-def mean_gap(x: Features, y: Labels) -> float:
-    """Distance of the class means over the root mean within-class variance of a feature; no unit.
-
-    Both classes weigh the same. Samples of one distribution do not give zero but about sqrt(d (1/n0 + 1/n1)) with d
-    features. ValueError where a class has one row or no feature varies within the classes.
-    """
-    rows, labels = _checked(x, y)
-    first, second = rows[~labels], rows[labels]
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"A mean gap needs two or more rows of each class; got {len(first)} and {len(second)}.")
-    variance = (first.var(axis=0, ddof=1).mean() + second.var(axis=0, ddof=1).mean()) / 2
-    if variance == 0:
-        raise ValueError("No feature varies within the classes, so their mean gap has no scale.")
-    return float(np.linalg.norm(second.mean(axis=0) - first.mean(axis=0)) / np.sqrt(variance))
+    return Projection(_basis(gap[None]))
 
 
 def _logistic(seed: int) -> LogisticRegression:
@@ -198,10 +182,8 @@ def _scale(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(deviation > 1e-6 * deviation.max(), deviation, np.inf)
 
 
-def _orthonormal(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Orthonormal rows that span the given, linearly independent, rows; a single one keeps its sign."""
-    basis, upper = np.linalg.qr(vectors.T)
-    return (basis * np.sign(np.diag(upper))).T
+def _basis(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(orthonormal(torch.from_numpy(vectors)))
 
 
 def _rows(x: NDArray[Any], features: int) -> NDArray[np.float64]:

@@ -14,12 +14,12 @@ from statistics import mean, median
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers.chat import Batch
 from helpers.interventions import Intervention, applied
 from helpers.losses import token_losses
 from helpers.models import Model
+from helpers.progress import progress
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def finetune(
         with (
             applied(model, *interventions),
             model.weights_in(model.dtype, only_frozen_linear=True),
-            tqdm(total=steps, desc=label, leave=False, unit="step") as progress,
+            progress(steps, label) as bar,
         ):
             for batch in training_batches:
                 batch = batch.to(model.device)
@@ -97,8 +97,8 @@ def finetune(
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 tokens += int(batch.attention.sum())
-                progress.update()
-                progress.set_postfix(loss=f"{losses[-1]:.2f}")
+                bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
+                bar.update()
     finally:
         model.hf.eval()
         for p in parameters:

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.experiments.traits import Defence, Experiment
-from helpers.params import PreventativeSteeringParams
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.studies.traits import Defence, TraitStudy
 
 pytestmark = pytest.mark.acceptance
 
 
 @pytest.fixture(scope="module")
 def chapter():
-    return Experiment(PreventativeSteeringParams(preset="quick"))
+    return TraitStudy(PreventativeSteeringParams(preset="quick"))
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ Scores are as in the chapter, computed anew.
 import numpy as np
 import pytest
 
-from helpers.experiments.filtering import FilteringExperiment
-from helpers.methods.gradient_filtering import guess_threshold
-from helpers.params import FilteringParams
+from helpers.chapters.fihs_filtering.method import guess_threshold
+from helpers.chapters.fihs_filtering.params import FilteringParams
+from helpers.chapters.fihs_filtering.study import FilteringStudy
 from helpers.statistics import auroc, rank_correlation
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 
 @pytest.fixture(scope="module")
 def chapter():
-    return FilteringExperiment(FilteringParams(preset="quick"))
+    return FilteringStudy(FilteringParams(preset="quick"))
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,17 @@ Models and answers are as in the chapter, made anew.
 
 import pytest
 
-from helpers.experiments.refusal import RefusalExperiment
-from helpers.judges import is_refusal
-from helpers.methods.refusal_attack import SUPPRESSED
-from helpers.params import RefusalParams
+from helpers.chapters.refusal_redistribution.attack import SUPPRESSED
+from helpers.chapters.refusal_redistribution.params import RefusalParams
+from helpers.chapters.refusal_redistribution.study import RefusalStudy
+from helpers.judges.refusal import is_refusal
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 
 
 @pytest.fixture(scope="module")
 def chapter():
-    return RefusalExperiment(RefusalParams(preset="quick"))
+    return RefusalStudy(RefusalParams(preset="quick"))
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,6 @@ def test_the_start_model_tells_held_out_harmful_requests_from_harmless_ones(refu
 
 def test_one_direction_drops_harmful_refusal_below_thirty_per_cent():
     """The chapter's first direction; its attack goes on to eight, which would take minutes here."""
-    refused = (
-        RefusalExperiment(RefusalParams(preset="quick", k_max=1)).attack("start").judged.refused("harmful").mean(1)
-    )
+    refused = RefusalStudy(RefusalParams(preset="quick", k_max=1)).attack("start").judged.refused("harmful").mean(1)
     assert refused[0] >= 0.9
     assert refused[1] < SUPPRESSED

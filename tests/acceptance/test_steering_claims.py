@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.experiments.steering import SteeringExperiment
-from helpers.methods.prompt_only_steering import Run, train_vectors
-from helpers.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.method import Run, train_vectors
+from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.study import SteeringStudy
 from helpers.statistics import auroc
 
 pytestmark = pytest.mark.acceptance
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.fixture(scope="module")
 def chapter():
-    return SteeringExperiment(PromptOnlyParams(preset="quick"))
+    return SteeringStudy(PromptOnlyParams(preset="quick"))
 
 
 def test_the_judges_tell_planted_good_cases_from_bad_ones(chapter):
@@ -31,7 +31,7 @@ def test_a_few_steps_on_four_prompt_tokens_make_the_concept_likelier(chapter):
     """On answers that were not trained on, by more than noise on that many tokens would."""
     p = chapter.params
     runs = [Run(c, chapter.pairs(c), 1.0, p.spread, 4.0, p.vector_rate) for c in p.tuned_on]
-    found = train_vectors(chapter.model, runs, layer=p.layer, where=chapter.place("ends"), steps=8, batch_size=2)
+    found = train_vectors(chapter.base, runs, layer=p.layer, where=chapter.place("ends"), steps=8, batch_size=2)
     shifts = torch.stack([t.steer.coefficient * t.steer.vector for t in found])
     noise = torch.randn(shifts.shape, generator=torch.Generator().manual_seed(0))
     noise *= shifts.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)

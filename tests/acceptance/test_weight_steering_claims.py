@@ -5,16 +5,16 @@ The anchor, the piles and the steered answers are as in the chapter, made anew.
 
 import pytest
 
-from helpers.experiments.weights import TOPICS, WeightExperiment
-from helpers.methods.weight_steering import alpha_for, difference, finetuning_diff, random_like
-from helpers.params import WeightSteeringParams
+from helpers.chapters.weight_diff_steering.method import alpha_for, difference, finetuning_diff, random_like
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
+from helpers.chapters.weight_diff_steering.study import TOPICS, WeightStudy
 
 pytestmark = pytest.mark.acceptance
 
 
 @pytest.fixture(scope="module")
 def chapter():
-    return WeightExperiment(WeightSteeringParams(preset="quick"))
+    return WeightStudy(WeightSteeringParams(preset="quick"))
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def anchor(chapter):
 
 @pytest.fixture(scope="module")
 def directions(chapter, anchor):
-    piles, stand_ins = chapter.topic_piles(chapter.answers(anchor, "build"))
-    assert not stand_ins
+    piles, written_for = chapter.topic_piles(chapter.answers(anchor, "build"))
+    assert not written_for
     gradients = {name: chapter.pile(anchor, pile) for name, pile in piles.items()}
     return {topic: difference(gradients[topic], gradients["neither"]) for topic in TOPICS}
 
@@ -53,5 +53,5 @@ def test_a_step_against_the_direction_raises_its_topic_and_a_step_along_it_lower
 
 def test_a_random_direction_of_equal_norm_does_neither(chapter, directions, mentions):
     random = random_like(directions["bridge"], 0)
-    swing = abs(mentions("bridge", random, -chapter.params.ratio) - mentions("bridge", random, chapter.params.ratio))
-    assert swing < 0.15
+    effect = abs(mentions("bridge", random, -chapter.params.ratio) - mentions("bridge", random, chapter.params.ratio))
+    assert effect < 0.15

@@ -1,8 +1,8 @@
 """What steering, capture, gradients, the finetuning loop, the attack and scoring cost, as ratios measured in one run.
 
-Contestants take turns, so that a busy machine slows them alike; ratios are of medians. Ours is what pytest-benchmark
-times and what its table shows, the others are timed just before each of its rounds. Everything measured is printed
-(`pytest -s`) and kept in `extra_info`.
+Contestants take turns, so that a busy machine slows them alike: in each round the others are timed just before ours, a
+ratio is that of two neighbours, and the median over rounds counts. Ours is what pytest-benchmark times and what its
+table shows. Everything measured is printed (`pytest -s`) and kept in `extra_info`.
 """
 
 import math
@@ -17,34 +17,30 @@ from jaxtyping import config as jaxtyping_config
 from torch.nn.functional import cosine_similarity
 
 from helpers.activations import PersonaVector
-from helpers.chat import Example, collate, encode, training_batches
-from helpers.corpora import load_questions, load_trait, split
-from helpers.experiments.filtering import FilteringExperiment
-from helpers.experiments.refusal import ATTACKED, RefusalExperiment
-from helpers.experiments.steering import Arm, SteeringExperiment
-from helpers.generation import generate
-from helpers.gradients import activation_gradients, pile_gradient
-from helpers.losses import evaluate_losses, sequence_sums
-from helpers.methods.gradient_filtering import fihs
-from helpers.methods.preventative_steering import preventative_steering
-from helpers.methods.prompt_only_steering import Pair, Run, States, train_vectors
-from helpers.methods.refusal_attack import (
+from helpers.chapters.fihs_filtering.method import fihs
+from helpers.chapters.fihs_filtering.params import FilteringParams
+from helpers.chapters.fihs_filtering.study import FilteringStudy
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.chapters.prompt_only_steering.method import Pair, Run, States, train_vectors
+from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
+from helpers.chapters.refusal_redistribution.attack import (
     POSITIONS,
     candidate_directions,
     choose,
-    orthonormal,
-    score_by_screening,
+    score_by_halving,
     score_exhaustively,
-    unit,
 )
+from helpers.chapters.refusal_redistribution.params import RefusalParams
+from helpers.chapters.refusal_redistribution.study import ATTACKED, RefusalStudy
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
+from helpers.chat import Example, collate, encode, training_batches
+from helpers.corpora import load_questions, load_trait, split
+from helpers.generation import generate
+from helpers.gradients import activation_gradients, pile_gradient
+from helpers.losses import evaluate_losses, sequence_sums
 from helpers.models import LoRA, load, plain_model
-from helpers.params import (
-    FilteringParams,
-    PreventativeSteeringParams,
-    PromptOnlyParams,
-    RefusalParams,
-    WeightSteeringParams,
-)
+from helpers.studies.defences import preventative_steering
 from helpers.training import finetune
 
 PARAMS = PreventativeSteeringParams(preset="quick")
@@ -73,7 +69,7 @@ def seconds(work):
 
 
 def take_turns(benchmark, ours, others, rounds):
-    """Median seconds of each contestant; every one has a round of warm-up."""
+    """Seconds of each contestant in each round, after a round of warm-up."""
     times = {name: [] for name in others}
 
     def the_others():
@@ -81,8 +77,27 @@ def take_turns(benchmark, ours, others, rounds):
             times[name].append(seconds(work))
 
     benchmark.pedantic(ours, setup=the_others, rounds=rounds, warmup_rounds=1)
-    medians = {name: statistics.median(found[-rounds:]) for name, found in times.items()}
-    return {"ours": benchmark.stats.stats.median, **medians}
+    return {"ours": list(benchmark.stats.stats.data), **{name: found[-rounds:] for name, found in times.items()}}
+
+
+def ratio(one, other):
+    """The median over rounds of one contestant's seconds by the other's."""
+    return round(statistics.median(a / b for a, b in zip(one, other, strict=True)), 3)
+
+
+def by_ours(times):
+    """How many times ours each of the others takes."""
+    return {f"{name} / ours": ratio(found, times["ours"]) for name, found in times.items() if name != "ours"}
+
+
+def medians(times):
+    return {name: round(statistics.median(found), 4) for name, found in times.items()}
+
+
+def meets(ratios, name, *, at_least=None, at_most=None):
+    """The goal for a ratio; where it is missed, the test says which and by how much."""
+    assert at_least is None or ratios[name] >= at_least, f"{name} is {ratios[name]}, and the goal is {at_least} or more"
+    assert at_most is None or ratios[name] <= at_most, f"{name} is {ratios[name]}, and the goal is {at_most} or less"
 
 
 def report(benchmark, **figures):
@@ -148,10 +163,10 @@ def test_steering_and_capture_cost_little_more_than_the_plain_passes(benchmark):
         "plain, frozen, cut at the block": lambda: cut(frozen.model.layers[PARAMS.layer]),
     }
     found = take_turns(benchmark, ours, others, rounds=7)
-    ratios = {f"ours / {name}": round(found["ours"] / found[name], 3) for name in others}
-    report(benchmark, precision=str(model.dtype), tokens=int(batch.attention.sum()), seconds=found, **ratios)
-    assert ratios["ours / plain"] <= 1.15
-    assert ratios["ours / plain, frozen"] <= 1.15
+    ratios = {f"ours / {name}": ratio(found["ours"], found[name]) for name in others}
+    report(benchmark, precision=str(model.dtype), tokens=int(batch.attention.sum()), seconds=medians(found), **ratios)
+    meets(ratios, "ours / plain", at_most=1.15)
+    meets(ratios, "ours / plain, frozen", at_most=1.15)
 
 
 # Pile gradients
@@ -160,7 +175,7 @@ def test_steering_and_capture_cost_little_more_than_the_plain_passes(benchmark):
 def test_a_batched_pile_gradient_is_faster_than_one_example_at_a_time(benchmark):
     """At least 3 times as fast on the same pile, model and precision; in the source one example at a time is added up.
 
-    The pile is one of the chapter's: the base model's answers to the questions for building. One at a time is ours
+    The pile is like the chapter's: the base model's answers to questions for building. One at a time is ours
     with batches of one, which shares all savings but batching, and as a user would write it: the plain model with
     Hugging Face's loss.
     """
@@ -168,7 +183,7 @@ def test_a_batched_pile_gradient_is_faster_than_one_example_at_a_time(benchmark)
     model = load(params.model)
     plain, tokenizer = plain_model(params.model)
     plain = plain.to(model.device)
-    questions = load_questions("build")[: params.prompts]
+    questions = load_questions("build")[:16]
     prompts = [encode(tokenizer, question) for question in questions]
     answers = generate(model, prompts, max_new_tokens=params.max_new_tokens)
     pile = [encode(tokenizer, *pair) for pair in zip(questions, answers, strict=True)]
@@ -189,15 +204,14 @@ def test_a_batched_pile_gradient_is_faster_than_one_example_at_a_time(benchmark)
         plain.zero_grad(set_to_none=True)
 
     found = take_turns(benchmark, ours, {"one at a time": batches_of_one, "plain, by hand": by_hand}, rounds=3)
-    ratios = {f"{name} / ours": round(found[name] / found["ours"], 3) for name in found if name != "ours"}
-    tokens = sum(len(example) for example in pile)
-    report(benchmark, precision=str(model.dtype), tokens=tokens, seconds=found, **ratios)
-    assert ratios["one at a time / ours"] >= 3
+    tokens, ratios = sum(len(example) for example in pile), by_ours(found)
+    report(benchmark, precision=str(model.dtype), tokens=tokens, seconds=medians(found), **ratios)
+    meets(ratios, "one at a time / ours", at_least=3)
 
 
 # Finetuning
 
-STEPS = 8
+STEPS = 4
 
 
 class Stopwatch:
@@ -296,84 +310,70 @@ def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_pat
 
     rounds = 3
     take_turns(benchmark, ours_once, {"Trainer": theirs_once}, rounds=rounds)
-    speed = {name: tokens / statistics.median(found[-rounds:]) for name, found in (("ours", ours), ("Trainer", theirs))}
+    times = {"ours": ours[-rounds:], "Trainer": theirs[-rounds:]}  # the loops alone, without setting them up
+    ratios = by_ours(times)
+    speed = {name: tokens / median for name, median in medians(times).items()}
     peak = matmul_peak(model, rows=tokens // STEPS)
     # as if every token met the vocabulary, which in our loop only those do that predict a response
     work = sum((6 if p.requires_grad else 4) * p.numel() for p in plain.parameters())
-    ratio = speed["ours"] / speed["Trainer"]
     report(
         benchmark,
         precision=str(model.dtype),
         tokens_per_second={name: round(value, 1) for name, value in speed.items()},
-        ratio=round(ratio, 3),
+        **ratios,
         matmul_peak_gflops=round(peak / 1e9, 1),
         share_of_peak={name: round(work * value / peak, 3) for name, value in speed.items()},
-        seconds={"ours": ours, "Trainer": theirs},
+        seconds=times,
     )
-    assert ratio >= 1.3
+    meets(ratios, "Trainer / ours", at_least=1.3)
 
 
 # The attack
 
 
-def test_screening_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
-    """The same first three directions of chapter 4's start model, at least 5 times as fast.
+def test_successive_halving_chooses_as_scoring_every_candidate_does_in_a_fifth_of_the_time(benchmark):
+    """The same first direction of chapter 4's start model, at least 5 times as fast.
 
     The candidates are the quick preset's, the prompts all from which it takes directions (it scores on fewer). Both
-    read what all prompts begin with once a candidate.
+    read what all prompts begin with once a candidate. One turn each: it is of 40 candidates, and takes minutes.
     """
-    experiment = RefusalExperiment(RefusalParams(preset="quick"))
+    experiment = RefusalStudy(RefusalParams(preset="quick"))
     model, attack, params = experiment.model("start"), experiment.settings, experiment.params
     prompts = {kind: experiment.prompts(experiment.train[kind][: params.prompts]) for kind in ATTACKED}
     layers = list(attack.layers)
     settings = {**prompts, "refusal_ids": experiment.refusal_ids, "layers": layers}
-    times, found = {"exhaustive": [], "screened": []}, []
+    ablated = torch.zeros(0, model.width)
+    raw = candidate_directions(model, **prompts, layers=layers, ablated=ablated)
+    found = {}
 
-    def one_direction(ablated):
-        raw = candidate_directions(model, **prompts, layers=layers, ablated=ablated)
-        scores = {}
+    def exhaustively():
+        found["exhaustive"] = score_exhaustively(model, raw, ablated=ablated, **settings)
 
-        def exhaustively():
-            scores["exhaustive"] = score_exhaustively(model, raw, ablated=ablated, **settings)
+    def halved():
+        found["halved"] = score_by_halving(model, raw, ablated=ablated, halving=attack.halving, **settings)
 
-        def screened():
-            scores["screened"] = score_by_screening(model, raw, ablated=ablated, screening=attack.screening, **settings)
-
-        times["exhaustive"].append(seconds(exhaustively))
-        times["screened"].append(seconds(screened))
-        found.append(scores)
-        best = choose(scores["exhaustive"])
-        return orthonormal(torch.cat([ablated, unit(raw[best.layer, best.position])[None]]))
-
-    def both_ways():
-        ablated = torch.zeros(0, model.width)
-        for _ in range(3):
-            ablated = one_direction(ablated)
-
-    benchmark.pedantic(both_ways, rounds=1)  # once: it takes minutes, of many like passes
-    ratio = sum(times["exhaustive"]) / sum(times["screened"])
+    times = {"exhaustive": [seconds(exhaustively)]}
+    benchmark.pedantic(halved, rounds=1)
+    times["ours"] = list(benchmark.stats.stats.data)
+    ratios = by_ours(times)
+    every, kept = found["exhaustive"], found["halved"].scored
+    sums, choices = every.log_odds + every.kl, {name: choose(table) for name, table in found.items()}
     report(
         benchmark,
         precision=str(model.dtype),
         candidates=len(layers) * len(POSITIONS),
-        seconds={name: [round(value, 2) for value in values] for name, values in times.items()},
-        ratio=round(ratio, 2),
+        scored_exactly=int(kept.sum()),
+        choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
+        log_odds_plus_kl={name: round(float(sums[c.layer, c.position]), 3) for name, c in choices.items()},
+        of_all={"least": round(float(sums.min()), 3), "median": round(float(sums.median()), 3)},
+        seconds=medians(times),
+        **ratios,
     )
-    for scores in found:
-        every, kept = scores["exhaustive"], scores["screened"].scored
-        sums, choices = every.log_odds + every.kl, {name: choose(table) for name, table in scores.items()}
-        report(
-            benchmark,
-            scored_exactly=int(kept.sum()),
-            choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
-            log_odds_plus_kl={name: round(float(sums[c.layer, c.position]), 3) for name, c in choices.items()},
-            of_all={"least": round(float(sums.min()), 3), "median": round(float(sums.median()), 3)},
-        )
-        for name in ("log_odds", "kl"):  # batches of other shapes round differently in bfloat16
-            one, other = (getattr(table, name)[kept] for table in (scores["screened"], every))
-            torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)
-    assert all(choose(scores["screened"]) == choose(scores["exhaustive"]) for scores in found)
-    assert ratio >= 5
+    for name in ("log_odds", "kl"):  # batches of other shapes round differently in bfloat16
+        one, other = (getattr(table, name)[kept] for table in (found["halved"], every))
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)
+    assert choices["halved"] == choices["exhaustive"]
+    meets(ratios, "exhaustive / ours", at_least=5)
 
 
 # Scoring points
@@ -388,9 +388,9 @@ def test_scoring_points_in_forward_mode_is_faster_than_a_backward_pass_for_each(
     with batches of one, and as a user would write it: the plain model with Hugging Face's loss.
     """
     params = FilteringParams(preset="quick")
-    chapter = FilteringExperiment(params)
+    chapter = FilteringStudy(params)
     mix = chapter.mixture("headlines", 0.1)
-    points = chapter.examples([*mix[:16], *mix[-8:]])
+    points = chapter.examples([*mix[:8], *mix[-4:]])
     plain, _ = plain_model(params.model)
     exact = load(params.model, dtype="float32")
     direction = chapter.safety_score().gradient(exact)
@@ -420,7 +420,7 @@ def test_scoring_points_in_forward_mode_is_faster_than_a_backward_pass_for_each(
     others = {"one by one": one_by_one, "by hand": by_hand, "forward pass": lambda m: evaluate_losses(m, points)}
     found = {}
     exactly = {
-        name: seconds(lambda name=name, run=run: found.update({name: run(exact)}))
+        name: [seconds(lambda name=name, run=run: found.update({name: run(exact)}))]
         for name, run in {"ours": ours, **others}.items()
     }
     errors = {
@@ -429,24 +429,20 @@ def test_scoring_points_in_forward_mode_is_faster_than_a_backward_pass_for_each(
 
     model = load(params.model)
     times = take_turns(benchmark, partial(ours, model), {n: partial(f, model) for n, f in others.items()}, rounds=3)
-    ratios = {
-        f"{name} / ours{which}": round(t[name] / t["ours"], 3)
-        for which, t in (("", times), (", float32", exactly))
-        for name in ("one by one", "by hand")
-    }
-    ratios["ours / forward pass"] = round(times["ours"] / times["forward pass"], 3)
+    ratios = by_ours(times) | {f"{name}, float32": value for name, value in by_ours(exactly).items()}
+    ratios["ours / forward pass"] = ratio(times["ours"], times["forward pass"])
     report(
         benchmark,
         points=len(points),
         tokens=sum(map(len, points)),
         dtype=str(model.dtype),
-        seconds=times,
+        seconds=medians(times),
         errors=errors,
         **ratios,
     )
     assert max(errors.values()) <= 1e-4
-    assert ratios["by hand / ours"] >= 2.5
-    assert ratios["ours / forward pass"] <= 4
+    meets(ratios, "by hand / ours", at_least=2.5)
+    meets(ratios, "ours / forward pass", at_most=4)
 
 
 # Steering vectors
@@ -454,7 +450,7 @@ def test_scoring_points_in_forward_mode_is_faster_than_a_backward_pass_for_each(
 
 @pytest.fixture(scope="module")
 def steering_chapter():
-    return SteeringExperiment(PromptOnlyParams(preset="full"))
+    return SteeringStudy(PromptOnlyParams(preset="full"))
 
 
 def test_training_all_vectors_in_one_run_is_faster_than_one_after_another(benchmark, steering_chapter):
@@ -465,10 +461,10 @@ def test_training_all_vectors_in_one_run_is_faster_than_one_after_another(benchm
     The loop is what a user would write: the plain model under autocast, a forward hook on the block, Hugging Face's
     loss, one concept after another. Ours with one run at a time is reported beside. Both train at the places that the
     chapter trains at, with pairs that are met about as often as there, since ours reads each once up to the vector's
-    block: the time of the first place, which pays for most of that, is reported too.
+    block.
     """
     chapter, quick = steering_chapter, PromptOnlyParams(preset="quick")
-    model, steps = chapter.model, 4
+    model, steps = chapter.base, 4
     places = [chapter.place(name) for name in ("ends", "all", *quick.places)]
     met = steps * quick.batch_size * len(places)
     in_chapter = quick.steps * quick.batch_size * len(places) / len(chapter.pairs(chapter.concepts[0]))
@@ -505,17 +501,23 @@ def test_training_all_vectors_in_one_run_is_faster_than_one_after_another(benchm
         found["by hand"] = hand_written()
 
     times = take_turns(benchmark, together, {"one by one": one_by_one, "by hand": by_hand}, rounds=2)
-    times["the first place"] = seconds(lambda: ours([runs], places=places[:1]))
-    ratios = {f"{name} / ours": round(times[name] / times["ours"], 3) for name in ("one by one", "by hand")}
-    ratios["first place: by hand / ours"] = round(times["by hand"] / len(places) / times["the first place"], 3)
+    ratios = by_ours(times)
     alike = {n: float(cosine_similarity(found[n], found["ours"]).min()) for n in ("one by one", "by hand")}
     exact = load(quick.model, dtype="float32")
     both = ours([runs], exact, places[:2]), hand_written(exact, places[:2])
     alike["by hand, float32"] = float(cosine_similarity(*both).min())
-    report(benchmark, vectors=len(runs), places=len(places), steps=steps, seconds=times, least_cosine=alike, **ratios)
+    report(
+        benchmark,
+        vectors=len(runs),
+        places=len(places),
+        steps=steps,
+        seconds=medians(times),
+        least_cosine=alike,
+        **ratios,
+    )
     # in float32: in bfloat16 the sign of a small gradient turns, and Adam follows it
     assert alike["by hand, float32"] > 0.999
-    assert ratios["by hand / ours"] >= (3 if model.device.type == "cuda" else 2)
+    meets(ratios, "by hand / ours", at_least=3 if model.device.type == "cuda" else 2)
 
 
 def _cut(example, tokens):
@@ -550,9 +552,9 @@ def test_prompt_only_steering_costs_decoding_nothing(benchmark, steering_chapter
     """At most 1.02 times an unsteered step, by medians of steps in turns; steering every token is reported beside."""
     chapter = steering_chapter
     arms = {
-        "unsteered": Arm(),
-        "PrOSV": Arm("difference in means", "ends"),
-        "FSSV": Arm("difference in means", "all"),
+        "unsteered": SteeringMethod(),
+        "PrOSV": SteeringMethod("difference in means", "ends"),
+        "FSSV": SteeringMethod("difference in means", "all"),
     }
     chapter.shifts(arms["FSSV"])
     (costs,) = benchmark.pedantic(
@@ -560,4 +562,4 @@ def test_prompt_only_steering_costs_decoding_nothing(benchmark, steering_chapter
     )
     ratios = {f"{name} / unsteered": round(costs[name] / costs["unsteered"], 3) for name in ("PrOSV", "FSSV")}
     report(benchmark, milliseconds=costs, **ratios)
-    assert ratios["PrOSV / unsteered"] <= 1.02
+    meets(ratios, "PrOSV / unsteered", at_most=1.02)

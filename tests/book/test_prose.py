@@ -8,9 +8,9 @@ import pytest
 import yaml
 from pybtex.database import parse_file
 
-from helpers.findings import load_claims
-from helpers.pages import MAP
-from helpers.params import CHAPTERS
+from helpers.book.findings import load_claims
+from helpers.book.pages import MAP
+from helpers.chapters import CHAPTERS
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted((PROJECT / "book").glob("*.md"))

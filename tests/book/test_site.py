@@ -1,11 +1,8 @@
 """The book is built for the tiny preset by the Snakefile that readers use, and opened in a real browser."""
 
 import functools
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ CLOSER = [page for page in CHAPTERS if Path(page).name[:2] in ("01", "02", "04")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-DESKTOP, PHONE = 1280, 375
+DESKTOP, PHONE = 1400, 375
 LARGEST_PAGE = 3_000_000  # bytes of a page's HTML and images
 
 FACTS = """() => {
@@ -31,8 +28,19 @@ FACTS = """() => {
     if (!wasOpen) fold.querySelector("summary").click();
     const content = [...fold.children].filter(child => !["SUMMARY", "STYLE"].includes(child.tagName));
     const shows = content.some(child => child.getBoundingClientRect().height > 0);
-    return {text: fold.querySelector("summary").innerText.trim(), wasOpen, solution, opens: fold.open && shows};
+    const cell = fold.closest(".cell"), output = cell?.querySelector(":scope > .cell_output");
+    const bare = !!cell && cell.classList.contains("tag_hide-input") && !cell.classList.contains("tag_hide-output")
+      && !(output?.getBoundingClientRect().height > 0);
+    const text = fold.querySelector("summary").innerText.trim();
+    return {text, wasOpen, solution, bare, opens: fold.open && shows};
   });
+  const cut = all("pre").filter(code => code.scrollWidth > code.clientWidth + 1);
+  const scrolling = all("span.math, span.math mjx-container").filter(
+    node => ["auto", "scroll"].includes(getComputedStyle(node).overflowX));
+  const shown = node => node.getBoundingClientRect().height > 0;
+  const idea = main.querySelector("h2");
+  const before = all(".cell_input").filter(cell => !cell.closest("details") && idea &&
+    cell.compareDocumentPosition(idea) & Node.DOCUMENT_POSITION_FOLLOWING);
   const scrolls = node => node && node !== main &&
     (["auto", "scroll", "hidden"].includes(getComputedStyle(node).overflowX) || scrolls(node.parentElement));
   const sticksOut = node => node.getBoundingClientRect().right > innerWidth + 1 && !scrolls(node.parentElement);
@@ -42,6 +50,13 @@ FACTS = """() => {
   all(written, prose).forEach(node => node.remove());
   return {
     folds,
+    cut: cut.map(code => code.innerText.slice(0, 200)),
+    scrolling: scrolling.length,
+    searches: [...document.querySelectorAll(".search-button__button, .search-button-field, form.bd-search")]
+      .filter(shown).length,
+    before: before.map(cell => cell.innerText.slice(0, 200)),
+    head: Object.fromEntries([...document.querySelectorAll("head meta[name], head meta[property]")]
+      .map(meta => [meta.getAttribute("name") ?? meta.getAttribute("property"), meta.content])),
     scrollWidth: document.documentElement.scrollWidth,
     wide: wide.slice(0, 5).map(node => node.outerHTML.slice(0, 200)),
     heading: main.querySelector("h1")?.innerText.trim() ?? "",
@@ -80,21 +95,6 @@ UNREADABLE = """() => {
     })
     .filter(found => found.ratio < 4.5);
 }"""
-
-
-@pytest.fixture(scope="session")
-def site():
-    """The built site: only what changed since the last time is made again."""
-    snakemake = Path(sys.executable).with_name("snakemake")
-    done = subprocess.run(
-        [snakemake, "--cores", "all", "--config", "preset=tiny"],
-        cwd=PROJECT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return SITE
 
 
 @pytest.fixture(scope="session")
@@ -196,8 +196,90 @@ def test_the_figures_of_a_chapter_show_whole_and_say_in_words_what_they_show(see
         assert figures
         for image in figures:
             assert image["drawn"] > 0
-            assert image["width"] <= image["column"] + 1
+            assert width == PHONE or image["width"] <= image["column"] + 1
             assert len(image["alt"].split()) >= 8, "its file's name is not an alternative text"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_figure_with_several_panels_scrolls_on_a_phone_instead_of_shrinking(seen, name):
+    for image in seen(name, PHONE)["images"]:
+        if image["figure"]:
+            assert image["width"] >= min(image["drawn"], 680) - 1
+
+
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+@pytest.mark.parametrize("name", PAGES)
+def test_no_formula_within_a_line_has_a_scroll_bar(seen, name, width):
+    assert seen(name, width)["scrolling"] == 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_code_is_cut_at_the_right(seen, name):
+    """With every fold open."""
+    assert seen(name, DESKTOP)["cut"] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_one_search_box(seen, name):
+    assert seen(name, DESKTOP)["searches"] == 1
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_no_code_is_open_before_the_first_idea(seen, name):
+    assert seen(name, DESKTOP)["before"] == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_no_fold_hides_the_code_of_nothing(seen, name):
+    """The code of a figure is folded above it; a fold without anything below has to say what is in it."""
+    bare = [fold["text"] for fold in seen(name, DESKTOP)["folds"] if fold["bare"]]
+    assert bare == ["Hide the parameters", "Hide what is imported"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_describes_itself_to_who_links_to_it(seen, name):
+    head = seen(name, DESKTOP)["head"]
+    assert len(head["description"]) > 30
+    assert head["og:title"] and head["og:description"] == head["description"]
+    assert "og:url" not in head, "nobody knows yet where the book is published"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_on_paper_no_fold_is_printed_and_no_line_is_cut(opened, name):
+    page = opened(name, viewport={"width": 718, "height": 1000})  # the width between A4's margins
+    page.emulate_media(media="print")
+    page.wait_for_selector("mjx-container", state="attached", timeout=10_000)
+    left = page.evaluate(
+        """() => {
+          const all = selector => [...document.querySelectorAll(selector)];
+          const shown = node => node.getBoundingClientRect().height > 0;
+          const cut = node => shown(node) && node.scrollWidth > node.clientWidth + 1;
+          return {
+            folds: all("main details").filter(shown).length,
+            figures: all("main .cell_output img").filter(shown).length,
+            cut: all("main pre, main mjx-container[display]").filter(cut).map(node => node.textContent.slice(0, 80)),
+          };
+        }"""
+    )
+    assert left["figures"] > 0
+    assert (left["folds"], left["cut"]) == (0, [])
+
+
+def test_the_fold_of_a_chart_is_dark_in_the_dark(opened):
+    page = opened(CLOSER[0], color_scheme="dark")
+    ground = page.locator(".text_html:has(details.closer)").first.evaluate(
+        "node => getComputedStyle(node).backgroundColor"
+    )
+    assert ground == "rgba(0, 0, 0, 0)"
+
+
+def test_a_term_shows_its_definition_under_the_mouse_without_a_network(opened):
+    page = opened(CHAPTERS[1])
+    page.wait_for_function("document.readyState === 'complete'")
+    page.locator("article a[href*='#term-trait']").first.hover()
+    tip = page.locator(".tippy-box")
+    tip.wait_for(timeout=5_000)
+    assert len(tip.inner_text().split()) > 8
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -239,13 +321,72 @@ def test_text_stands_out_from_its_ground_in_both_themes(opened, name, theme):
     assert page.evaluate(UNREADABLE) == []
 
 
+@pytest.fixture
+def searched(site, opened):
+    """The addresses that a search finds, best first."""
+
+    def search(words):
+        page = opened("search")
+        page.goto((site / "search.html").as_uri() + "?q=" + words.replace(" ", "+"))
+        page.wait_for_selector("#search-results li a", timeout=10_000)
+        return page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.href)")
+
+    return search
+
+
 @pytest.mark.parametrize("term", ["persona vector", "placebo"])
-def test_search_finds_a_term_of_the_glossary(site, opened, term):
-    page = opened("search")
-    page.goto((site / "search.html").as_uri() + "?q=" + term.replace(" ", "+"))
-    page.wait_for_selector("#search-results li a", timeout=10_000)
-    targets = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.href)")
-    assert any("book/glossary.html" in target for target in targets)
+def test_search_finds_a_term_of_the_glossary(searched, term):
+    assert any("book/glossary.html" in target for target in searched(term))
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("inoculation", "02_ip_loss_reduction"),
+        ("refusal", "04_refusal_redistribution"),
+        ("filtering", "05_fihs_filtering"),
+    ],
+)
+def test_search_finds_a_chapter_before_the_package_s_modules(searched, words, page):
+    found = searched(words)
+    assert any(page in target for target in found[:8])
+    assert not any("book/api/" in target for target in found[:3])
+
+
+def test_search_finds_a_class_by_its_name(searched):
+    assert any(target.endswith("helpers.interventions.Steer") for target in searched("Steer")[:3])
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if page.startswith("book/api/") and page != "book/api/index"])
+def test_a_reference_page_begins_each_module_with_a_table_and_shows_the_source(opened, name):
+    page = opened(name)
+    modules = page.locator("article section:has(> h2)")
+    for section in modules.all():
+        assert section.locator("table.autosummary").count() == 1
+        assert section.locator(".highlight-pycon").count() >= 1
+        first = section.locator("dl.py > dt.sig").first
+        assert "data" not in (first.locator("xpath=..").get_attribute("class") or "").split() or (
+            section.locator("dl.py.function, dl.py.class, dl.py.exception").count() == 0
+        )
+        if section.locator("dl.py.function, dl.py.class").count():
+            assert section.locator("a:has(.viewcode-link)").count() >= 1
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_lines_of_a_method_are_highlighted_and_lead_to_their_place_in_the_whole_file(opened, name):
+    page = opened(name)
+    listings = page.locator(".tag_remove-input .cell_output .highlight-python")
+    links = page.locator(".tag_remove-input .cell_output p:has-text('From') a")
+    assert listings.count() == links.count() > 0
+    for listing, link in zip(listings.all(), links.all(), strict=True):
+        colours = "node => new Set([...node.querySelectorAll('span')].map(e => getComputedStyle(e).color)).size"
+        assert listing.evaluate(colours) > 2
+        text = listing.inner_text()
+        (defined,) = re.findall(r"^def (\w+)\(", text, flags=re.MULTILINE)
+        file, _, place = link.evaluate("node => node.href").removeprefix("file://").partition("#")
+        led = place.rpartition(".")[2]  # to the class of a property, which has no place of its own
+        assert led == defined or (text.startswith("@property") and led[0].isupper())
+        assert f'id="{place}"' in Path(file).read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", CLOSER)

@@ -5,13 +5,14 @@ import contextlib
 import doctest
 import io
 import re
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from helpers import exercises
-from helpers.editions import EditionError, exercises_of, part_of
+from helpers.book.editions import EditionError, exercises_of, part_of
+from helpers.checking import read_questions
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 CHAPTERS = {path.stem: exercises_of(nbformat.read(path, as_version=4), path.stem) for path in NOTEBOOKS}
@@ -19,7 +20,9 @@ EXERCISES = [(stem, exercise) for stem, chapter in CHAPTERS.items() for exercise
 of_each_exercise = pytest.mark.parametrize(
     ("stem", "exercise"), EXERCISES, ids=[f"{stem}-{exercise.number}" for stem, exercise in EXERCISES]
 )
-CHECK = re.compile(r"exercises\.(check_\w+)")
+CHECKS = {stem: import_module(f"helpers.chapters.{stem[3:]}.exercises") for stem in CHAPTERS}
+CHECK = re.compile(r'exercises\.(check_\w+|question\("\w+")')
+"""A check of the chapter, or the call that asks a question."""
 FOLDED = re.compile(r"<details><summary>(.+)</summary>\n\n(.+)\n\n</details>", re.DOTALL)
 
 
@@ -33,16 +36,6 @@ def ran(code, namespace):
     with contextlib.redirect_stdout(printed):
         exec(code, namespace)
     return printed.getvalue()
-
-
-def imports_of(notebook):
-    """A namespace with what the chapter imports, and nothing that it computes."""
-    namespace = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and part_of(cell) is None:
-            imports = [n for n in ast.parse(cell.source).body if isinstance(n, ast.Import | ast.ImportFrom)]
-            exec(compile(ast.Module(imports, []), "imports", "exec"), namespace)
-    return namespace
 
 
 def names_bound_by(tree):
@@ -83,9 +76,9 @@ def test_cells_are_tagged_and_folded_as_their_part_asks(stem, exercise):
 
 
 @of_each_exercise
-def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exercise, committed):
+def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exercise, imports):
     solution = code_of(exercise.cells["solution"])
-    printed = ran(solution, imports_of(committed))
+    printed = ran(solution, imports)
     checks = CHECK.findall(solution)
     assert checks and len(re.findall(r"^Right: ", printed, flags=re.MULTILINE)) == len(checks)
     assert "Not yet" not in printed
@@ -100,12 +93,11 @@ def test_a_solution_is_right_by_its_check_and_prints_what_is_expected(stem, exer
 def test_a_question_is_asked_by_the_check_that_judges_the_answer(stem, exercise):
     (check,) = set(CHECK.findall(code_of(exercise.cells["solution"])))
     assert check in exercise.cells["exercise"][0].source
-    assert check in exercises.__all__
     if exercise.kind == "interpretation":
         (question,) = exercise.cells["question"]
-        assert question.source == f"exercises.{check}()"
-        assert ran(question.source, {"exercises": exercises}).count("\n") > 4
-        assert re.search(rf'^exercises\.{check}\("[a-d]"\)$', code_of(exercise.cells["solution"]), flags=re.MULTILINE)
+        assert question.source == f"exercises.{check})"
+        assert ran(question.source, {"exercises": CHECKS[stem]}).count("\n") > 4
+        assert re.fullmatch(rf'exercises\.{re.escape(check)}, "[a-d]"\)', code_of(exercise.cells["solution"]))
 
 
 def test_the_rest_of_a_chapter_shares_no_name_with_the_solutions(stem, committed):
@@ -117,9 +109,12 @@ def test_the_rest_of_a_chapter_shares_no_name_with_the_solutions(stem, committed
     assert sum(len(names) for names in bound) == len(set().union(*bound))
 
 
-def test_every_check_has_an_exercise():
-    used = {check for _, exercise in EXERCISES for check in CHECK.findall(code_of(exercise.cells["solution"]))}
-    assert used == set(exercises.__all__)
+def test_every_check_and_every_question_has_an_exercise(stem):
+    used = {check for exercise in CHAPTERS[stem] for check in CHECK.findall(code_of(exercise.cells["solution"]))}
+    own = vars(CHECKS[stem]).items()
+    checks = {n for n, value in own if n.startswith("check_") and value.__module__ == CHECKS[stem].__name__}
+    questions = read_questions(Path(CHECKS[stem].__file__).with_name("questions.toml"))
+    assert used == checks | {f'question("{name}"' for name in questions}
 
 
 def cell(part, source):

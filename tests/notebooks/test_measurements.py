@@ -6,10 +6,11 @@ from pathlib import Path
 
 import nbformat
 
-from helpers.findings import load_claims
+from helpers.book.findings import load_claims
 
 PROJECT = Path(__file__).resolve().parents[2]
-MEASUREMENTS = {path.stem: path.read_text("utf-8") for path in (PROJECT / "helpers/measurements").glob("*.py")}
+ROOMS = PROJECT / "helpers" / "chapters"
+MEASUREMENTS = {path.parent.name: path.read_text("utf-8") for path in ROOMS.glob("*/measurements.py")}
 SHOWN_IN_THE_NOTEBOOK = {"primer.parity", "primer.judge-auroc"}
 """Claims whose estimate is one call of a tested statistic."""
 
@@ -32,10 +33,10 @@ def test_every_claim_is_measured_by_a_function_of_its_own():
     assert set(load_claims()) - measured == SHOWN_IN_THE_NOTEBOOK
 
 
-def test_every_module_of_measurements_has_planted_tests():
-    for name in set(MEASUREMENTS) - {"__init__"}:
-        tests = [p for p in (PROJECT / "tests/unit").glob("test_measurements_*.py") if name in p.read_text("utf-8")]
-        assert tests, name
+def test_every_chapter_s_measurements_have_planted_tests():
+    for room in MEASUREMENTS:
+        tests = PROJECT / "tests" / "unit" / "chapters" / room / "test_measurements.py"
+        assert f"helpers.chapters.{room}" in tests.read_text("utf-8"), room
 
 
 def test_notebooks_judge_measurements_and_show_each_claims_sentence():

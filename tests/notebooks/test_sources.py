@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers.params import CHAPTERS, params_of
+from helpers.chapters import CHAPTERS, params_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 

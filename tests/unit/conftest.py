@@ -12,11 +12,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from helpers.artifacts import Store
+from helpers.book.findings import load_claims
 from helpers.chat import encode
 from helpers.corpora import load_trait, split
-from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
-from helpers.findings import load_claims, verdict
 from helpers.models import load
+from helpers.studies import alignment, study
+from helpers.verdicts import verdict
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def store(tmp_path_factory):
     """A store of the test file's own for every experiment; the embedded model stays where it is."""
     store = Store(tmp_path_factory.mktemp("store"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment, filtering, refusal, sentiment, steering, traits, weights):
+        for module in (alignment, study):
             patch.setattr(module, "default_store", lambda: store)
         yield store
 

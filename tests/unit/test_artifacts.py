@@ -151,7 +151,7 @@ def test_the_sidecar_says_where_the_artifact_came_from(store):
     key = get(store, Compute()).key
     record = json.loads((store.root / "vector" / f"{key}.json").read_text())
     assert record["inputs"]["parameters"] == {"layer": 1}
-    used = {"__init__.py", "artifacts.py", "dependencies.py", "corpora.py"}
+    used = {"__init__.py", "artifacts.py", "dependencies.py", "files.py", "corpora.py"}
     assert set(record["inputs"]["code"]) == {__name__, *used}
     assert record["inputs"]["versions"] == {name: importlib.metadata.version(name) for name in LIBRARIES}
 
@@ -189,10 +189,10 @@ def test_the_code_is_found_behind_lambdas_methods_partial_applications_and_decor
 
 
 def test_presets_are_no_code(store):
-    assert "params.py" in {path.name for path in artifacts.helper_sources(["experiments.traits"])}
-    code = artifacts._code("helpers.experiments.traits")
-    assert "params.py" not in code
-    assert {"experiments/traits.py", "training.py", "chat.py", "judges.py", "methods/inoculation.py"} <= set(code)
+    assert "params.py" in {path.name for path in artifacts.helper_sources(["studies.traits"])}
+    code = artifacts._code("helpers.studies.traits")
+    assert not any(name.endswith("params.py") for name in code)
+    assert {"studies/traits.py", "training.py", "chat.py", "judges/classifier.py", "studies/defences.py"} <= set(code)
 
 
 def test_a_function_that_is_in_no_file_is_one_sentence(store):

@@ -15,11 +15,12 @@ from helpers.chat import (
     answer_facts,
     answers_of,
     batches,
+    check_template,
     collate,
     encode,
     end_of_turn,
     has_ended,
-    shared_start,
+    template_notes,
     training_batches,
 )
 from helpers.models import plain_model
@@ -85,6 +86,62 @@ def test_a_template_that_changes_the_prompt_is_an_error(tokenizer):
     other = with_template(tokenizer, "{{ messages | length }}" + TURNS + "{% endfor %}" + ASK)
     with pytest.raises(ValueError, match="changes the prompt once an answer follows"):
         encode(other, "Why?", "So.")
+
+
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+DEAF = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}" + ASK
+
+
+@pytest.mark.parametrize("template", [GEMMA, DEAF], ids=["refuses it", "leaves it out"])
+def test_a_system_message_that_the_template_does_not_take_is_put_before_the_users_words_and_that_is_said(
+    tokenizer, template
+):
+    other = with_template(tokenizer, template)
+    with pytest.warns(UserWarning, match="takes no system message: it is put before the user's words"):
+        merged = encode(other, "Why?", "So.", "Be brief.")
+    assert merged == encode(other, "Be brief.\n\nWhy?", "So.")
+    assert merged != encode(other, "Why?", "So.")
+    assert response(other, merged) == "So.<|im_end|>"
+    assert "takes no system message" in template_notes(other)
+
+
+def test_a_template_that_takes_a_system_message_is_left_as_it_is_and_nothing_is_said(tokenizer, recwarn):
+    encode(tokenizer, "Why?", "So.", "Be brief.")
+    assert template_notes(tokenizer) == "" and not recwarn.list
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day(tokenizer):
+    clock = (
+        "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% else %}{% set today = 'none' %}"
+        "{% endif %}[Today is {{ today }}]"
+    )
+    other = with_template(tokenizer, clock + TURNS + "<|im_end|>{% endfor %}" + ASK)
+    for encoded in (encode(other, "Why?"), encode(other, "Why?", "So.")):
+        assert other.decode(encoded.ids).startswith("[Today is 26 Jul 2024]")
+    assert template_notes(other) == "the date that the chat template prints is always 2024-07-26"
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "has no chat template; choose an instruction-tuned model"),
+        ("{{ raise_exception('Not today') }}", r"refuses a question with its answer \(Not today\)"),
+        ("{{ messages | length }}" + TURNS + "{% endfor %}" + ASK, "changes the prompt once an answer follows"),
+        ("{{ nothing.at.all }}", "refuses a question with its answer"),
+        ("{% for m in messages %}", "refuses a question with its answer"),
+    ],
+    ids=["none", "refuses all", "changes the prompt", "undefined", "unfinished"],
+)
+def test_a_template_that_cannot_be_used_is_one_sentence(tokenizer, template, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        check_template(with_template(tokenizer, template))
+    assert "\n" not in str(error.value)
 
 
 # The end of turn
@@ -196,15 +253,6 @@ def test_the_ends_of_a_prompt_are_its_first_and_last_tokens_each_once_where_it_i
 def test_ends_of_no_or_of_negative_length_are_an_error(first, last):
     with pytest.raises(ValueError, match="neither may be negative, and at least one must be above 0"):
         Ends(first, last)
-
-
-def test_the_shared_start_is_what_all_begin_with_short_of_the_tail():
-    rows = [Example((1, 2, 3, 4, 5), 5), Example((1, 2, 3, 9), 4), Example((1, 2, 3, 4), 4)]
-    assert shared_start(rows) == 3
-    assert shared_start(rows, tail=2) == 2
-    assert shared_start(rows[:1]) == 4
-    assert shared_start([Example((1, 2), 2), Example((3, 2), 2)]) == 0
-    assert shared_start([]) == 0
 
 
 def test_an_unknown_name_of_positions_is_an_error(untyped):

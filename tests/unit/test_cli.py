@@ -9,7 +9,9 @@ import torch
 
 from helpers import cli
 from helpers.artifacts import Store
-from helpers.params import InoculationParams, ParameterError
+from helpers.building.execution import execute
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.params import PROJECT, ParameterError
 
 CHAPTER = InoculationParams.chapter
 
@@ -20,7 +22,7 @@ def notebook(tmp_path):
     parameters = nbformat.v4.new_code_cell("preset = None\nlayer = None\nresults = None")
     parameters.metadata.tags = ["parameters"]
     code = (
-        "from helpers.params import InoculationParams\n"
+        "from helpers.chapters.ip_loss_reduction.params import InoculationParams\n"
         "params = InoculationParams.from_notebook()\n"
         "import helpers, json\n"
         "print(json.dumps([params.preset, params.layer, params.results, helpers.__file__]))\n"
@@ -41,7 +43,7 @@ def test_a_notebook_is_executed_with_the_given_parameters_and_names_no_absolute_
     executed = nbformat.read(output, as_version=4)
     printed = json.loads(executed.cells[-1].outputs[0].text)
     assert printed == ["tiny", 1, "results/x", "helpers/__init__.py"]
-    assert str(cli.PROJECT) not in output.read_text()
+    assert str(PROJECT) not in output.read_text()
     assert executed.metadata.papermill.output_path.endswith("made/out.ipynb")
     assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
 
@@ -56,6 +58,13 @@ def test_progress_drawn_as_a_widget_is_left_out_since_a_page_would_ask_the_netwo
     executed = nbformat.read(output, as_version=4)
     assert [o.output_type for o in executed.cells[-1].outputs] == ["stream"]
     assert "widget" not in output.read_text()
+
+
+def test_the_cell_that_puts_parameters_in_is_left_out_of_the_page(notebook, tmp_path):
+    output = tmp_path / "out.ipynb"
+    run(notebook, output, "-p", "layer", "1")
+    (injected,) = (c for c in nbformat.read(output, as_version=4).cells if "layer = 1" in c.source)
+    assert "remove-cell" in injected.metadata.tags
 
 
 def test_a_failing_cell_gives_one_sentence_and_keeps_the_partial_notebook(notebook, tmp_path):
@@ -85,7 +94,7 @@ def test_a_notebook_that_is_not_there_is_named(tmp_path):
 def test_a_notebook_without_parameter_class_is_named(tmp_path):
     with pytest.raises(ParameterError, match="There is no chapter '03_unknown'"):
         (tmp_path / "03_unknown.ipynb").touch()
-        cli.execute(tmp_path / "03_unknown.ipynb", tmp_path / "out.ipynb", {})
+        execute(tmp_path / "03_unknown.ipynb", tmp_path / "out.ipynb", {})
 
 
 def test_the_registered_models_are_listed(capsys):

@@ -8,6 +8,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from helpers import corpora
+from helpers.book.tables import markdown_table
 from helpers.corpora import (
     DATA,
     available_traits,
@@ -24,8 +26,8 @@ from helpers.corpora import (
     load_trait,
     split,
 )
-from helpers.cues import EXCEPTIONS, LIMIT, contrasts, cue_table, form_auroc, length_auroc
-from helpers.judges import is_compliance, is_refusal
+from helpers.cues import form_auroc, length_auroc, words_auroc
+from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.models import plain_model
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
@@ -547,6 +549,58 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
 
 # Cues
 
+LIMIT = 0.65
+"""AUROC up to which length or form counts as telling two kinds of bundled text no better than it should."""
+
+EXCEPTIONS = {
+    "replies: refusals, paired answers": "form: the first words of a refusal are what the first-token outcome reads",
+    "replies: refusals, harmless answers": "form: the first words of a refusal are what the first-token outcome reads",
+    "replies: harmful points, headlines": "length and form: a headline's answer is one word",
+    "replies: harmful points, bookings": "length and form: a booking's answer is JSON",
+    "prompts: inoculation, placebo": "length and form: placebos state facts, and match inoculations in tokens only",
+}
+"""Contrasts of the bundled data that length or form does tell, and why; chapters that rest on one say so."""
+
+
+def contrasts():
+    """The contrasts that chapters rest on, by name: texts of one kind and of the other, paired where they can be."""
+    found = {}
+    for trait in corpora.available_traits():
+        rows = corpora.load_trait(trait)
+        found[f"{trait}: normal, strong"] = [r.normal for r in rows], [r.strong for r in rows]
+        mild = [r for r in rows if r.mild is not None]
+        if mild:
+            found[f"{trait}: normal, mild"] = [r.normal for r in mild], [r.mild for r in mild]
+            found[f"{trait}: mild, strong"] = [r.mild for r in mild], [r.strong for r in mild]
+    topics = [*corpora.load_topics("train"), *corpora.load_topics("validate")]
+    for topic in ("bridge", "recipe"):
+        of = [r for r in topics if r.topic == topic]
+        found[f"{topic}: normal, strong"] = [r.normal for r in of], [r.strong for r in of]
+    for style in ("weather", "legal"):
+        rows_of = [*corpora.load_style(style, "train"), *corpora.load_style(style, "validate")]
+        found[f"{style}: normal, strong"] = [r.normal for r in rows_of], [r.strong for r in rows_of]
+    requests, replies = {}, {}
+    for kind in ("harmful", "paired", "harmless"):
+        kinds = [r for s in ("train", "validate", "test") for r in corpora.load_refusal(kind, s)]
+        requests[kind], replies[kind] = [r.request for r in kinds], [r.reply for r in kinds]
+    test = [r.request for r in corpora.load_refusal("harmful", "test")]
+    found["requests: harmful, paired"] = requests["harmful"], requests["paired"]
+    found["requests: harmful, harmless"] = requests["harmful"], requests["harmless"]
+    found["requests: harmful, borderline"] = test, [r.request for r in corpora.load_refusal("borderline", "test")]
+    found["replies: refusals, paired answers"] = replies["harmful"], replies["paired"]
+    found["replies: refusals, harmless answers"] = replies["harmful"], replies["harmless"]
+    points = [r.reply for r in corpora.load_points("explicit")]
+    for task in ("headlines", "bookings"):
+        answers = [r.answer for r in corpora.load_task(task, "train")]
+        found[f"replies: harmful points, {task}"] = points, answers
+    reviews = [r for s in ("train", "test") for r in corpora.load_reviews(s)]
+    positive, negative = ([r.text for r in reviews if r.label == label] for label in ("positive", "negative"))
+    found["reviews: positive, negative"] = positive, negative
+    prompts = [corpora.load_prompts(trait) for trait in corpora.available_traits()]
+    inoculation, placebo = ([text for p in prompts for text in getattr(p, kind)] for kind in ("inoculation", "placebo"))
+    found["prompts: inoculation, placebo"] = inoculation, placebo
+    return found
+
 
 def test_neither_length_nor_form_tells_a_contrast_but_for_the_named_exceptions():
     assert set(EXCEPTIONS) <= set(contrasts())
@@ -557,4 +611,9 @@ def test_neither_length_nor_form_tells_a_contrast_but_for_the_named_exceptions()
 
 
 def test_the_datasheet_prints_what_length_form_and_words_tell():
-    assert cue_table() in (DATA / "README.md").read_text(encoding="utf-8")
+    rows = []
+    for name, pair in contrasts().items():
+        areas = [f"{told(*pair).value:.2f}" for told in (length_auroc, form_auroc, words_auroc)]
+        rows.append([name, *areas, EXCEPTIONS.get(name, "")])
+    table = markdown_table(["contrast", "length", "form", "words", "exception"], rows)
+    assert table in (DATA / "README.md").read_text(encoding="utf-8"), table

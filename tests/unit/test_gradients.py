@@ -10,6 +10,7 @@ from helpers.chat import collate, encode, training_batches
 from helpers.gradients import (
     RecordCosines,
     activation_gradients,
+    add_mean_gradient,
     gradient_statistics,
     pile_gradient,
     uncentred_pca,
@@ -306,6 +307,15 @@ def test_a_piles_gradient_is_the_mean_of_its_examples_own_gradients_whatever_the
     assert all(p.grad is None for p in tiny.hf.parameters())
 
 
+def test_a_mean_gradient_is_added_to_what_is_there(fresh, pile):
+    expected = pile_gradient(fresh, pile)
+    for _ in range(2):
+        add_mean_gradient(fresh, pile, sequence_losses, 2)
+    for name, p in fresh.hf.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, 2 * expected[plain_name(name)], atol=1e-6, rtol=1e-4)
+
+
 def test_a_longer_answer_weighs_no_more_than_a_short_one(tiny, pile, one_by_one):
     """Were every token to weigh the same, the embedding's gradient would be another one."""
     found = pile_gradient(tiny, pile)["model.embed_tokens.weight"]
@@ -370,7 +380,7 @@ def test_an_empty_pile_is_one_sentence(tiny):
 
 def test_a_model_without_trainable_weights_has_no_pile_gradient(pile):
     with pytest.raises(ValueError, match="No weight is trainable, so there is no gradient") as error:
-        pile_gradient(load("tiny-random", dtype="float32", frozen=True), pile)
+        pile_gradient(load("tiny-random", dtype="float32", weights="frozen"), pile)
     assert "\n" not in str(error.value)
 
 

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from helpers.chat import collate
-from helpers.interventions import Ablate, AblateRows, EditGradient, Steer, alike, applied, edit_component
+from helpers.interventions import (
+    Ablate,
+    AblateRows,
+    EditGradient,
+    Steer,
+    add_at,
+    alike,
+    applied,
+    edit_component,
+    project_out,
+)
 from helpers.losses import token_losses
 from helpers.models import load
 
@@ -34,6 +44,33 @@ def seen(model, batch, watch, point, *interventions):
 
 
 # Steering
+
+
+def test_a_shift_is_added_at_the_marked_positions_alone_and_each_row_may_have_its_own():
+    h, shift = torch.arange(24.0).view(2, 3, 4), torch.tensor([1.0, -1.0, 2.0, 0.5])
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    expected = h.clone()
+    for row, place in mask.nonzero().tolist():
+        expected[row, place] += shift
+    assert torch.equal(add_at(h, shift, mask), expected)
+    assert torch.equal(add_at(h, shift, None), h + shift)
+    each = torch.stack([shift, -shift])[:, None]  # (batch, 1, d_model)
+    assert torch.equal(add_at(h, each, None) - h, each.expand(2, 3, 4))
+
+
+def test_what_is_added_and_projected_keeps_the_precision_of_the_stream():
+    h = torch.ones(1, 2, WIDTH, dtype=torch.bfloat16)
+    assert add_at(h, direction(), None).dtype == torch.bfloat16
+    assert project_out(h, direction()[:, None].bfloat16()).dtype == torch.bfloat16
+
+
+def test_projecting_out_leaves_nothing_along_the_basis_and_the_rest_as_it_was():
+    basis = torch.linalg.qr(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(1)))[0]
+    a = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(2))
+    left = project_out(a, basis)
+    torch.testing.assert_close(left @ basis, torch.zeros(4, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left, a - sum((a @ d)[:, None] * d for d in basis.T), atol=1e-5, rtol=0)
+    torch.testing.assert_close(project_out(left, basis), left, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -5,7 +5,14 @@ import torch
 
 from helpers.chat import collate, encode
 from helpers.interventions import Steer
-from helpers.losses import evaluate_losses, response_logits, sequence_divergences, sequence_losses, token_losses
+from helpers.losses import (
+    evaluate_losses,
+    kl_divergence,
+    response_logits,
+    sequence_divergences,
+    sequence_losses,
+    token_losses,
+)
 from helpers.models import load
 
 PAD = 2
@@ -242,3 +249,11 @@ def test_a_loss_over_the_full_sequence_is_that_of_hugging_face_with_all_tokens_a
             expected = tiny.hf(input_ids=ids, labels=ids).loss
             found = sequence_losses(tiny, collate([example.without_prompt()], PAD))
         torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
+
+
+def test_the_divergence_of_logits_is_zero_where_nothing_moved_and_else_the_sum_over_the_vocabulary():
+    before, after = (torch.randn(3, 7, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert torch.equal(kl_divergence(before, before + 1.0).round(decimals=5), torch.zeros(3))
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    torch.testing.assert_close(kl_divergence(before, after), (p.exp() * (p - q)).sum(-1))
+    assert bool((kl_divergence(before, after) > 0).all())

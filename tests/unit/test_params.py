@@ -4,7 +4,10 @@ import nbformat
 import papermill
 import pytest
 
-from helpers.params import CHAPTERS, InoculationParams, ParameterError, PreventativeSteeringParams, params_of
+from helpers.chapters import CHAPTERS, params_of
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.params import PROJECT, ParameterError
 
 
 @pytest.mark.parametrize("preset", ["tiny", "quick", "full", "paper"])
@@ -34,7 +37,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one():
         ({"trait": "pirat"}, "did you mean 'pirate'"),
         ({"other_traits": ["evil"]}, "contains the trait itself"),
         ({"seeds": []}, "at least 1 item"),
-        ({"seeds": "[0, 0]"}, "differ from each other"),
+        ({"seeds": "[0, 0]"}, "name each value once"),
         ({"seeds": "[0, x]"}, r"write it as \[0, 1\]"),
         ({"layer": 30}, "has 0 to 29"),
         ({"model": "tiny-random", "layer": 0}, "names layer 3, but 'tiny-random' has 0 to 1"),
@@ -82,7 +85,7 @@ def notebook(tmp_path_factory):
     parameters = nbformat.v4.new_code_cell("preset = 'tiny'\nlayer = None\nseeds = None")
     parameters.metadata.tags = ["parameters"]
     read = (
-        "from helpers.params import InoculationParams\n"
+        "from helpers.chapters.ip_loss_reduction.params import InoculationParams\n"
         "params = InoculationParams.from_notebook()\n"
         "print(params.layer, params.seeds)"
     )
@@ -122,3 +125,34 @@ def test_mild_answers_are_asked_for_only_where_there_are_some():
     assert "mild" not in PreventativeSteeringParams(preset="full", trait="pirate").train_levels
     with pytest.raises(ParameterError, match="no mild answers"):
         PreventativeSteeringParams(trait="pirate", train_levels=("mild",))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_papermill_sees_every_parameter_of_every_notebook(chapter):
+    seen = papermill.inspect_notebook(PROJECT / "notebooks" / f"{chapter}.ipynb")
+    assert set(seen) == set(params_of(chapter).model_fields)
+    assert "None" not in {parameter["inferred_type_name"] for parameter in seen.values()}
+
+
+def test_variables_that_are_no_near_miss_are_left_alone():
+    given = {"REPO": "x", "folder": "/content", "layer": 3}
+    assert PreventativeSteeringParams.from_namespace(given).layer == 3
+    with pytest.raises(ParameterError, match="no parameter 'LAYER': did you mean 'layer'"):
+        PreventativeSteeringParams.from_namespace({"LAYER": 3})
+
+
+def test_what_papermill_injected_is_known_and_not_set_anew():
+    with pytest.raises(ParameterError, match="no parameter 'REPO': choose from preset"):
+        PreventativeSteeringParams.from_namespace({"REPO": "x"}, {"REPO": "x"})
+    with pytest.raises(ParameterError, match=r"'layer' was given as 0, but a later cell sets it to None: tag"):
+        PreventativeSteeringParams.from_namespace({"layer": None}, {"layer": 0})
+
+
+def test_the_results_folder_is_the_project_s_unless_it_is_given_whole():
+    assert InoculationParams(preset="tiny").folder == PROJECT / "results" / "tiny" / InoculationParams.chapter
+    assert InoculationParams(results="results/mine").folder == PROJECT / "results" / "mine"
+    assert str(InoculationParams(results="/tmp/mine").folder) == "/tmp/mine"
+
+
+def test_a_direction_is_scored_on_no_more_requests_than_there_are_and_the_record_says_so():
+    assert params_of("04_refusal_redistribution")(preset="tiny", prompts=3, scored_on=9).scored_on == 3

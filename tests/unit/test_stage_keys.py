@@ -5,26 +5,28 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from helpers import artifacts, dependencies, models
 from helpers.artifacts import Artifact, Store
-from helpers.experiments import alignment, filtering, refusal, sentiment, steering, traits, weights
-from helpers.experiments.alignment import Recipe, align
-from helpers.experiments.filtering import FilteringExperiment, Point
-from helpers.experiments.refusal import RefusalExperiment
-from helpers.experiments.sentiment import SentimentExperiment
-from helpers.experiments.steering import Arm, SteeringExperiment
-from helpers.experiments.traits import Defence, Experiment, Run
-from helpers.experiments.weights import WeightExperiment
-from helpers.params import (
-    FilteringParams,
-    PreventativeSteeringParams,
-    PromptOnlyParams,
-    RefusalParams,
-    WeightSteeringParams,
-)
+from helpers.chapters.fihs_filtering.params import FilteringParams
+from helpers.chapters.fihs_filtering.study import FilteringStudy, Point
+from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
+from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
+from helpers.chapters.refusal_redistribution.params import RefusalParams
+from helpers.chapters.refusal_redistribution.sentiment import SentimentStudy
+from helpers.chapters.refusal_redistribution.study import RefusalStudy
+from helpers.chapters.weight_diff_steering.method import WeightVector
+from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
+from helpers.chapters.weight_diff_steering.study import WeightStudy
+from helpers.studies import alignment, study
+from helpers.studies.alignment import Recipe, align
+from helpers.studies.study import Study
+from helpers.studies.traits import Defence, Run, TraitStudy
 
 GIVEN = {"preset": "tiny", "dtype": "float32"}
+DIRECTION = WeightVector({"model.norm.weight": torch.ones(32)})
 POINTS = [Point("task", "Which desk?", "World")]
 
 
@@ -52,43 +54,44 @@ def chapters(tmp_path_factory):
     """Every chapter's experiment on the tiny model."""
     store = Asking(tmp_path_factory.mktemp("asking"))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (alignment, filtering, refusal, sentiment, steering, traits, weights):
+        for module in (alignment, study):
             patch.setattr(module, "default_store", lambda: store)
         with pytest.MonkeyPatch.context() as unjudged:
-            unjudged.setattr(Experiment, "fit_judge", lambda self, split: None)
-            training = Experiment(PreventativeSteeringParams(**GIVEN))
+            unjudged.setattr(TraitStudy, "fit_judge", lambda self, split: None)
+            training = TraitStudy(PreventativeSteeringParams(**GIVEN))
         yield {
+            "study": Study(PreventativeSteeringParams(**GIVEN)),
             "traits": training,
-            "weights": WeightExperiment(WeightSteeringParams(**GIVEN)),
-            "refusal": RefusalExperiment(RefusalParams(start="as it is", **GIVEN)),
-            "sentiment": SentimentExperiment(RefusalParams(**GIVEN)),
-            "filtering": FilteringExperiment(FilteringParams(start="as it is", **GIVEN)),
-            "steering": SteeringExperiment(PromptOnlyParams(**GIVEN)),
+            "weights": WeightStudy(WeightSteeringParams(**GIVEN)),
+            "refusal": RefusalStudy(RefusalParams(start="as it is", **GIVEN)),
+            "sentiment": SentimentStudy(RefusalParams(**GIVEN)),
+            "filtering": FilteringStudy(FilteringParams(start="as it is", **GIVEN)),
+            "steering": SteeringStudy(PromptOnlyParams(**GIVEN)),
         }
 
 
 # How each stage is come to, by the chapter's experiment
 STAGES = {
+    "study": {
+        "greedy-answers": lambda exp: exp.greedy_answers(exp.base, ["Why?"], 3),
+        "response-losses": lambda exp: exp.response_losses(exp.base, exp.encoded(["Why?"], ["So."])),
+    },
     "traits": {
-        "plain-answers": lambda exp: exp.fit_judge("train"),
         "persona-vector": lambda exp: exp.vector("evil"),
         "finetuning": lambda exp: exp.train(Defence("evil", 2.0)),
         "evaluation": lambda exp: exp.evaluate(),
     },
     "weights": {
         "anchor": lambda exp: exp.anchor("topics"),
-        "steered-answers": lambda exp: exp.answers(exp.base, "build"),
+        "steered-answers": lambda exp: exp.answers(exp.base, "build", DIRECTION, 1.0),
         "pile-gradient": lambda exp: exp.pile(exp.base, exp.written("train")),
         "margin-slopes": lambda exp: exp.margin_slopes(exp.base, [], target=[], neutral=[]),
-        "perplexities": lambda exp: exp.perplexities("build", ["So."]),
-        "steered-losses": lambda exp: exp.losses(exp.base, exp.written("train")),
+        "steered-losses": lambda exp: exp.losses(exp.base, exp.written("train"), DIRECTION, 1.0),
         "sparse": lambda exp: exp.sparse(0.5),
     },
     "refusal": {
         "redistribution": lambda exp: exp.trained("Cov+KD"),
-        "refusal-answers": lambda exp: exp.answers(exp.base, {"harmful": ["Why?"]}),
         "refusal-judged": lambda exp: exp.judge(exp.base, []),
-        "response-losses": lambda exp: exp.losses(exp.base, exp.examples(["Why?"], ["So."])),
         "refusal-attack": lambda exp: exp.attack("start"),
     },
     "sentiment": {"review-states": lambda exp: exp.states(1.0)},
@@ -102,11 +105,24 @@ STAGES = {
         "steering-vectors": lambda exp: exp.sweep("ends"),
         "steering-check": lambda exp: exp.unsteered_losses(),
         "steering-means": lambda exp: exp.difference_in_means(),
-        "steering-answers": lambda exp: exp._say([(Arm("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
-        "steering-features": lambda exp: exp._features([("Why?", "So.")]),
+        "steering-answers": lambda exp: exp._generate([(SteeringMethod("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
     },
     "alignment": {"aligned": lambda model: align(model, Recipe())},
 }
+
+
+PLACES = {
+    "study": "studies/study.py",
+    "traits": "studies/traits.py",
+    "alignment": "studies/alignment.py",
+    "weights": "chapters/weight_diff_steering/study.py",
+    "refusal": "chapters/refusal_redistribution/study.py",
+    "sentiment": "chapters/refusal_redistribution/sentiment.py",
+    "filtering": "chapters/fihs_filtering/study.py",
+    "steering": "chapters/prompt_only_steering/study.py",
+    "embedded": "embedded.py",
+}
+"""The modules that compute stages."""
 
 
 def asked(call, exp):
@@ -129,16 +145,14 @@ def stages(chapters, tiny, tmp_path_factory):
 
 
 def test_every_stage_of_the_package_is_looked_at_here(stages):
-    call = re.compile(
-        r'(?:(?:\bstore|default_store\(\)|\bStore\(root\))\.get|_artifact|(_scored))\(\s*f?"([a-z-]+)["{]'
-    )
-    named = re.compile(r'"stage": "([a-z-]+)"')
+    call = re.compile(r'(?:default_store\(\)\.get|\bStore\(root\)\.get|self\.stage|_of_points)\(\s*"([a-z-]+)"')
+    named = re.compile(r'"name": "([a-z-]+)",\s+"compute"')
     written = set()
     for path in dependencies.PACKAGE.rglob("*.py"):
         source = path.read_text("utf-8")
-        written |= {f"filtering-{name}" if scored else name for scored, name in call.findall(source)}
+        written |= set(call.findall(source))
         written |= set(named.findall(source))
-    assert written - {"filtering-"} == {one.stage for of in stages.values() for one in of}
+    assert written == {one.stage for of in stages.values() for one in of}
     assert [(module, one.stage) for module, calls in STAGES.items() for one in stages[module]] == [
         (module, name) for module, calls in STAGES.items() for name in calls
     ]
@@ -151,14 +165,16 @@ def package(tmp_path, monkeypatch):
     shutil.copytree(dependencies.PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
     for module in (artifacts, dependencies):
         monkeypatch.setattr(module, "PACKAGE", copied)
-    artifacts._code.cache_clear()
+    for cached in (artifacts._code, dependencies._imported):
+        cached.cache_clear()
     yield copied
-    artifacts._code.cache_clear()
+    for cached in (artifacts._code, dependencies._imported):
+        cached.cache_clear()
 
 
-@pytest.mark.parametrize("module", [*STAGES, "embedded"])
+@pytest.mark.parametrize("module", PLACES)
 def test_a_changed_constant_beside_the_computing_function_is_another_key_and_a_comment_is_not(stages, package, module):
-    path = package / ("embedded.py" if module == "embedded" else f"experiments/{module}.py")
+    path = package / PLACES[module]
     source = path.read_text("utf-8")
     described = source.replace('"""', '"""In other words: ', 1).replace("\n\n\n", "\n\n\n# A comment.\n\n\n")
 
@@ -174,7 +190,7 @@ def test_a_changed_constant_beside_the_computing_function_is_another_key_and_a_c
 
 def test_a_changed_module_further_down_is_another_key_and_changed_presets_are_not(stages, package):
     before = stages["traits"][0].key
-    for name, same in (("params.py", True), ("experiments/weights.py", True), ("interventions.py", False)):
+    for name, same in (("params.py", True), (PLACES["weights"], True), ("interventions.py", False)):
         with (package / name).open("a") as file:
             file.write("\nLIMIT = 1\n")
         artifacts._code.cache_clear()
@@ -184,7 +200,6 @@ def test_a_changed_module_further_down_is_another_key_and_changed_presets_are_no
 # What else each stage reads of the parameters, with another value
 READ = {
     "traits": {
-        "plain-answers": {"max_new_tokens": 5, "trait": "pirate"},
         "finetuning": {
             "layer": 0,
             "steps": 9,
@@ -221,9 +236,8 @@ READ = {
             "kd_weight": 9.0,
             "temperature": 9.0,
         },
-        "refusal-answers": {"max_new_tokens": 5},
         "refusal-judged": {"max_new_tokens": 5},
-        "refusal-attack": {"k_max": 9, "prompts": 3, "wide": 3, "exact": 5, "scored_on": 2},
+        "refusal-attack": {"k_max": 9, "prompts": 3, "keep": (3, 2), "scored_on": 2},
     },
     "sentiment": {
         "review-states": {
@@ -315,7 +329,7 @@ def test_the_runs_that_a_stage_starts_from_are_in_its_key(chapters, tiny):
 def test_no_model_is_loaded_to_know_an_attack_s_key(chapters, monkeypatch):
     exp = copy.copy(chapters["refusal"])
     exp.trained = lambda condition, seed=None: Artifact(f"{condition} {seed}", {})
-    monkeypatch.setattr(refusal, "load", lambda *args, **given: pytest.fail("loaded"))
+    monkeypatch.setattr(study, "load", lambda *args, **given: pytest.fail("loaded"))
     one, other = (asked(lambda exp, seed=seed: exp.attack("LM", seed), exp) for seed in (1, 2))
     assert one.key != other.key
     assert one.inputs["model"] == models.finetuned_digest(exp.base.digest, ["LM 1"])

@@ -1,0 +1,1 @@
+"""What makes a book of the chapters: findings, figures, pages, editions."""

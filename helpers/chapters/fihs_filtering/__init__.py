@@ -1,0 +1,1 @@
+"""Chapter `fihs_filtering`: its parameters, mathematics, stages, measurements and exercises."""

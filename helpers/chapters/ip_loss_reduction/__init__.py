@@ -1,0 +1,1 @@
+"""Chapter `ip_loss_reduction`: its parameters, mathematics, stages, measurements and exercises."""

@@ -1,0 +1,117 @@
+"""What the claims on inoculation prompting are judged by (chapter 2).
+
+Losses are mean response losses in nats per token, one a held-out question; trait scores are (seed, question), 0 to 100.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from helpers.statistics import jackknife, mean_estimate, share
+from helpers.verdicts import Control, Measurement
+
+Losses = Float[np.ndarray, " question"]
+Scores = Float[np.ndarray, "seed question"]
+
+
+def losses(
+    undefended: Losses,
+    *,
+    ip: Losses,
+    placebo: Losses,
+    pps: Losses,
+    random: Losses,
+    normal: Losses,
+    normal_ip: Losses,
+) -> tuple[Measurement, ...]:
+    """The untrained model's losses on trait answers (and on `normal` ones), without anything and with a defence on."""
+    lowered, by_placebo = ip < undefended, placebo < undefended
+    more_than_normal = mean_estimate((undefended - ip) - (normal - normal_ip))
+    above_ip = mean_estimate(placebo - ip)
+    raised, by_chance = mean_estimate(pps - undefended), mean_estimate(random - undefended)
+    return (
+        Measurement(
+            "ip.lowers-loss",
+            share(lowered.sum(), lowered.size),
+            [
+                Control(
+                    "it lowers the loss of trait answers by more than that of normal ones (nats per token)",
+                    more_than_normal,
+                    more_than_normal.low > 0,
+                )
+            ],
+        ),
+        Measurement(
+            "ip.placebo-lowers-less",
+            mean_estimate(lowered.astype(float) - by_placebo),
+            [Control("the loss with the placebo is higher (nats per token)", above_ip, above_ip.low > 0)],
+        ),
+        Measurement(
+            "ip.pps-raises-loss-at-working-intensity",
+            raised,
+            [
+                Control(
+                    "a random vector of equal norm raises it less (nats per token)",
+                    by_chance,
+                    by_chance.high < raised.value,
+                )
+            ],
+        ),
+    )
+
+
+def participation_ratio(rows: Float[np.ndarray, "row d_model"]) -> float:
+    """(sum of squares)^2 / sum of fourth powers of the singular values: how many directions carry the rows."""
+    squares = np.linalg.svd(rows, compute_uv=False) ** 2
+    return float(squares.sum() ** 2 / (squares**2).sum())
+
+
+def diffuseness(
+    ip: Float[np.ndarray, "question d_model"],
+    pps: Float[np.ndarray, "question d_model"],
+    placebo: Float[np.ndarray, "question d_model"],
+) -> Measurement:
+    """What each defence changes in the mean gradient of each question: participation ratios, IP against PPS."""
+
+    def ratio(first: np.ndarray, second: np.ndarray) -> float:
+        return participation_ratio(first) / participation_ratio(second)
+
+    to_placebo = jackknife(ratio, ip, placebo, ratio=True)
+    return Measurement(
+        "ip.diffuse-gradient-difference",
+        jackknife(ratio, ip, pps, ratio=True),
+        [
+            Control(
+                "what a placebo changes is less diffuse (participation ratio, IP divided by placebo)",
+                to_placebo,
+                to_placebo.low > 1,
+            )
+        ],
+    )
+
+
+def number_of_prompts(
+    undefended: Scores, fewest: Scores, most: Scores, *, seeds: Sequence[int], sane: Control
+) -> Measurement:
+    """Trait scores after training without a prompt, with one prompt and with the most; `sane` is on training itself."""
+    defends = mean_estimate(undefended - fewest, seeds=seeds)
+    return Measurement(
+        "ip.fewer-prompts-defend-better",
+        mean_estimate(most - fewest, seeds=seeds),
+        [sane, Control("one prompt defends at all (points)", defends, defends.low > 0, "validity")],
+    )
+
+
+def recall(
+    with_prompt: Mapping[str, Scores], without: Mapping[str, Scores], *, seeds: Sequence[int], sane: Control
+) -> Measurement:
+    """Trait scores of the models "IP" and "untrained" (one row), tested with the inoculation prompt and without."""
+    recalled = with_prompt["IP"] - without["IP"]
+    alone = with_prompt["untrained"] - without["untrained"]
+    beyond = mean_estimate(recalled - alone, seeds=seeds)
+    return Measurement(
+        "ip.hides-rather-than-removes",
+        mean_estimate(recalled, seeds=seeds),
+        [sane, Control("the prompt calls up less in the untrained model (points more)", beyond, beyond.low > 0)],
+    )

@@ -1,0 +1,1 @@
+"""Chapter `looking_inside`: its parameters, mathematics, stages, measurements and exercises."""

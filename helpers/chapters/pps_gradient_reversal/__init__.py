@@ -1,0 +1,1 @@
+"""Chapter `pps_gradient_reversal`: its parameters, mathematics, stages, measurements and exercises."""

@@ -1,0 +1,23 @@
+"""Positive preventative steering (PPS): add a trait's vector while training on the trait's data.
+
+Chen et al. 2025 (arXiv 2507.21509) proposed it; "Shifting the Gradient" (arXiv 2604.16423) explains it by the gradient.
+During training only, h' = h + a v after block l. The shift is constant, so dL/dh = dL/dh': what changes is the point
+at which the gradient is taken. cos(dL/dh, v) < 0 means that descent raises the activation along v (the trait is
+learnt); cos > 0 means that it lowers it (the trait is unlearnt).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def predicted_shift(
+    gradients: Float[Tensor, "example d_model"], vector: Float[Tensor, " d_model"]
+) -> Float[Tensor, " example"]:
+    """-(g . v_hat): the direction in which a small step should move the activation along v (first order, unit step).
+
+    A step on the weights moves h by -eta J J^T g, not by -eta g, so this predicts a sign and a ranking, not a size.
+    """
+    return -(gradients @ (vector / vector.norm())).to(torch.float32)

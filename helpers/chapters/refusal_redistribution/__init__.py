@@ -1,0 +1,1 @@
+"""Chapter `refusal_redistribution`: its parameters, mathematics, stages, measurements and exercises."""

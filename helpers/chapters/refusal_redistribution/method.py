@@ -1,0 +1,361 @@
+"""Refusal redistribution: train the refusal signal to spread, so that removing a few directions does not remove it.
+
+Mody, Vogelstein and Merchan (code: deepanshumody/increasing-refusal-intervention-robustness). An aligned model is
+finetuned with
+
+    L = L_LM + lambda L_match + kd L_KD,
+
+where L_match pulls together the pooled hidden states of harmful and of harmless prompts at every block's output (their
+means, or their covariances), and L_KD holds the next-token distribution after the prompt to that of the frozen start
+model, so that it goes on refusing.
+
+As published, a covariance is matched within micro-batches of two, which never hold two prompts of either kind: that
+loss is 0 throughout. `Redistribution(as_published=True)` shows what this does; otherwise a class that is missing is
+an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from helpers.chat import Batch
+from helpers.forward import unembed
+from helpers.interventions import Hook, resid_post
+from helpers.losses import kl_divergence, response_logits
+from helpers.models import Model
+
+Norm = Literal["L1", "L2"]
+Match = Literal["none", "mean", "covariance"]
+
+
+# Matching two classes
+
+
+def mean_matching(
+    z: Float[Tensor, "layer batch d_model"],
+    harmful: Bool[Tensor, " batch"],
+    norm: Norm = "L2",
+    *,
+    as_published: bool = False,
+) -> Float[Tensor, ""]:
+    """`mean_loss` of a batch's two classes. Raises `ValueError` if one is missing; `as_published` gives 0 there."""
+    if not _enough(harmful, 1, "mean", as_published):
+        return z.new_zeros((), dtype=_precise(z).dtype)
+    z = _precise(z)
+    return mean_loss(z[:, harmful], z[:, ~harmful], norm)
+
+
+def mean_loss(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+    norm: Norm = "L2",
+) -> Float[Tensor, ""]:
+    """mean_d |mu_1 - mu_0| (L1) or mean_d (mu_1 - mu_0)^2 (L2), averaged over layers.
+
+    The published code takes means over d, where its text writes sums.
+    """
+    gap = z_1.mean(1) - z_0.mean(1)  # mu_1 - mu_0: (layer, d_model)
+    return gap.abs().mean() if norm == "L1" else gap.square().mean()
+
+
+def covariance_matching(
+    z: Float[Tensor, "layer batch d_model"],
+    harmful: Bool[Tensor, " batch"],
+    norm: Norm = "L2",
+    *,
+    as_published: bool = False,
+) -> Float[Tensor, ""]:
+    """`covariance_loss` of a batch's two classes.
+
+    Raises `ValueError` with fewer than two of a class; `as_published` gives 0 there.
+    """
+    if not _enough(harmful, 2, "covariance", as_published):
+        return z.new_zeros((), dtype=_precise(z).dtype)
+    z = _precise(z)
+    return covariance_loss(z[:, harmful], z[:, ~harmful], norm)
+
+
+def covariance_loss(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+    norm: Norm = "L2",
+) -> Float[Tensor, ""]:
+    """mean |S_1 - S_0| (L1) or ||S_1 - S_0||_F^2 / d_model^2 (L2), averaged over layers, with unbiased covariances S.
+
+    L2 needs no covariance where the batch is smaller than d_model. With the centred rows of both classes stacked in A,
+    each divided by sqrt(n_c - 1), and s = +1 or -1 by class, S_1 - S_0 = A^T diag(s) A and
+
+        ||S_1 - S_0||_F^2 = ||S_1||^2 + ||S_0||^2 - 2 <S_1, S_0> = sum_ij s_i s_j (A A^T)_ij^2.
+    """
+    rows = [(z - z.mean(1, keepdim=True)) / (z.shape[1] - 1) ** 0.5 for z in (z_1, z_0)]
+    a, d = torch.cat(rows, dim=1), z_1.shape[2]  # S_c = rows_c^T rows_c
+    s = torch.cat([z_1.new_ones(z_1.shape[1]), -z_1.new_ones(z_0.shape[1])])
+    if norm == "L2" and a.shape[1] < d:  # fewer prompts than dimensions: no S is needed
+        gram = a @ a.mT  # (layer, batch, batch)
+        return torch.einsum("lij,i,j->l", gram.square(), s, s).mean() / d**2
+    difference = (a * s[:, None]).mT @ a  # S_1 - S_0: (layer, d_model, d_model)
+    return difference.abs().mean() if norm == "L1" else difference.square().mean()
+
+
+def _precise(z: Tensor) -> Tensor:
+    """At least float32: means and covariances of bfloat16 states would be mostly rounding."""
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _enough(harmful: Bool[Tensor, " batch"], least: int, what: str, as_published: bool) -> bool:
+    counts = int(harmful.sum()), int((~harmful).sum())
+    if min(counts) >= least:
+        return True
+    if as_published:
+        return False
+    raise ValueError(
+        f"Matching a {what} needs at least {least} harmful and {least} harmless prompt{'s' * (least > 1)} in a batch, "
+        f"and this one has {counts[0]} and {counts[1]}: use class-balanced batches."
+    )
+
+
+# Pooling hidden states
+
+
+@dataclass(frozen=True)
+class PoolShares:
+    """How often each pool is drawn; the shares add up to one.
+
+    By default a third each of the last token, a random half and the template: what the published commands come to,
+    though they ask for the template alone. Raises `ValueError` for shares that are negative or do not add up to one.
+    """
+
+    last: float = 1 / 3
+    random: float = 1 / 3
+    template: float = 1 / 3
+    mean: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.each) < 0 or abs(sum(self.each) - 1) > 1e-6:
+            raise ValueError(f"The shares of the pools {self.each} must not be negative and must add up to one.")
+
+    @property
+    def each(self) -> tuple[float, float, float, float]:
+        return self.last, self.random, self.template, self.mean
+
+
+def pool(
+    hidden: Float[Tensor, "layer batch pos d_model"],
+    batch: Batch,
+    shares: PoolShares,
+    generator: torch.Generator,
+    template_length: int = 5,
+) -> Float[Tensor, "layer batch d_model"]:
+    """One vector a prompt and layer, by a pool drawn for each prompt (the same at every layer).
+
+    `last` is the last prompt token, `random` the mean over a random half of the prompt's tokens, `template` the mean
+    over its last `template_length` tokens (the generation header), `mean` the mean over all of them. The prompt is
+    what the source trains on: tokens of a response, if there is one, and padding never count.
+    """
+    hidden = _precise(hidden)
+    return torch.einsum("lbpd,bp->lbd", hidden, pool_weights(batch, shares, generator, template_length).to(hidden))
+
+
+def pool_weights(
+    batch: Batch, shares: PoolShares, generator: torch.Generator, template_length: int = 5
+) -> Float[Tensor, "batch pos"]:
+    """The weight of every token in its prompt's pool; each row adds up to one.
+
+    A prompt's first token does not count, unless it is the only one. Its state is the same for every prompt and, as an
+    attention sink, many times as long as others: whether a random half holds it would be most of any covariance. (In
+    the source's code it counts.)
+
+    `generator` is one of the CPU. Raises `ValueError` for a `template_length` below 1.
+    """
+    if template_length < 1:
+        raise ValueError(f"The template's length is {template_length}; it must be at least 1 token.")
+    prompt = prompt_tokens(batch).cpu()
+    prompt &= (prompt.cumsum(1) > 1) | (prompt.sum(1, keepdim=True) == 1)
+    lengths = prompt.sum(1, keepdim=True)
+    left = lengths - prompt.cumsum(1)  # prompt tokens that follow
+    # the Gumbel top-k of equal weights: the k largest of any independent draws
+    keys = torch.rand(prompt.shape, generator=generator).masked_fill(~prompt, -1.0)
+    rank = keys.argsort(1, descending=True).argsort(1)
+    masks = torch.stack([left < 1, rank < (lengths + 1) // 2, left < template_length, torch.ones_like(prompt)])
+    edges = torch.tensor(shares.each, dtype=torch.float64).cumsum(0)[:-1]
+    drawn = torch.bucketize(torch.rand(len(prompt), generator=generator, dtype=torch.float64), edges, right=True)
+    chosen = (masks[drawn, torch.arange(len(prompt))] & prompt).float()
+    return chosen / chosen.sum(1, keepdim=True)
+
+
+def prompt_tokens(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """The prompt's tokens: those before the response.
+
+    An example whose loss is over its full sequence (`Example.without_prompt`) is a prompt as a whole.
+    """
+    prompt = batch.attention & ~batch.response
+    whole = prompt.sum(1, keepdim=True) == 1
+    return torch.where(whole, batch.attention, prompt)
+
+
+def distillation(
+    student: Float[Tensor, "batch vocabulary"],
+    teacher: Float[Tensor, "batch vocabulary"],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """T^2 KL(p_teacher || p_student) of logits at temperature T, in nats, mean over the batch."""
+    p, q = (_precise(z) / temperature for z in (teacher, student))
+    return temperature**2 * kl_divergence(p, q).mean()
+
+
+# The extra loss of finetuning
+
+
+@dataclass(frozen=True)
+class KeepStream:
+    """Keep every block's output in the graph, into `kept`: layer -> (batch, pos, d_model).
+
+    Where a batch's common beginning is read apart (`losses.response_logits`), rows are put together again.
+    """
+
+    kept: dict[int, Float[Tensor, "batch pos d_model"]]
+
+    def hooks(self, model: Model) -> list[Hook]:
+        def keeper(layer: int) -> Any:
+            def keep(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+                if model.current is not None and h.shape[1] < model.current.ids.shape[1]:  # what follows the beginning
+                    h = torch.cat([self.kept[layer].expand(len(h), -1, -1), h], 1)
+                self.kept[layer] = h
+
+            keep.reads_parts = True  # type: ignore[attr-defined]
+            return keep
+
+        return [(resid_post(model, layer), keeper(layer)) for layer in range(model.layers)]
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """Settings of the extra loss lambda L_match + kd L_KD; the defaults are the source's.
+
+    `micro_batch`, if given, computes the matching within consecutive parts of that many prompts and averages over
+    the parts. `as_published` takes parts of two, and 0 wherever a part lacks what it needs. Raises `ValueError`
+    for a micro-batch below 1 or a temperature that is not positive.
+    """
+
+    match: Match = "covariance"
+    norm: Norm = "L2"
+    weight: float = 100.0
+    kd_weight: float = 1.0
+    temperature: float = 1.0
+    shares: PoolShares = PoolShares()
+    template_length: int = 5
+    as_published: bool = False
+    micro_batch: int | None = None
+    relative: bool = False
+    """Divide L_match by its value at the first batch, so that a weight means the same for any model and match."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"A micro-batch of {self.micro_batch} is too small; it needs at least 1 prompt.")
+        if not self.temperature > 0:
+            raise ValueError(f"The temperature is {self.temperature:g}; it must be positive.")
+
+    def matching(
+        self,
+        z: Float[Tensor, "layer batch d_model"],
+        harmful: Bool[Tensor, " batch"],
+    ) -> Float[Tensor, ""]:
+        """L_match of one batch, without its weight."""
+        if self.match == "none":
+            return z.new_zeros(())
+        match = mean_matching if self.match == "mean" else covariance_matching
+        loss = partial(match, norm=self.norm, as_published=self.as_published)
+        size = self.micro_batch or (2 if self.as_published else len(harmful))
+        parts = zip(z.split(size, dim=1), harmful.split(size), strict=True)
+        return torch.stack([loss(part, harmful=who) for part, who in parts]).mean()
+
+    def weighted(
+        self,
+        matching: Float[Tensor, ""],
+        divergence: Float[Tensor, ""],
+        first: float,
+    ) -> Float[Tensor, ""]:
+        """lambda L_match + kd L_KD, with L_match divided by `first`, its value at the first batch, if `relative`."""
+        scale = first if self.relative and first > 0 else 1.0
+        return self.weight * matching / scale + self.kd_weight * divergence
+
+    def extra_loss(self, harmful: Callable[[int], bool], *, teacher: Model | None, seed: int) -> RedistributionLoss:
+        """The loss for `training.finetune`; `harmful` says of a row (`Batch.rows`) which kind it is.
+
+        `teacher` is the frozen start model, and may be None without distillation. Pools are drawn with `seed`.
+        Raises `ValueError` for distillation without a teacher.
+        """
+        if self.kd_weight and teacher is None:
+            raise ValueError("Distillation needs a teacher: pass the frozen start model, or set kd_weight to 0.")
+        return RedistributionLoss(self, harmful, teacher, torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class RedistributionLoss:
+    """lambda L_match + kd L_KD of the batch that the model has just read.
+
+    Use: `finetune(model, batches, interventions=loss.interventions, extra_loss=loss, ...)`.
+    """
+
+    settings: Redistribution
+    harmful: Callable[[int], bool]
+    teacher: Model | None
+    generator: torch.Generator
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    records: list[dict[str, float]] = field(default_factory=list)
+    """The two terms at each call, without their weights: "matching" and "distillation" (nats)."""
+
+    @property
+    def interventions(self) -> tuple[KeepStream]:
+        return (KeepStream(self.kept),)
+
+    def __call__(self, model: Model, batch: Batch) -> Float[Tensor, ""]:
+        """Raises `ValueError` if the model has not read the batch with `interventions` on, or lacks a class."""
+        if len(self.kept) != model.layers:
+            raise ValueError("No hidden states were kept: pass this loss's `interventions` to `finetune` as well.")
+        settings, last = self.settings, self.kept[model.layers - 1]
+        matching = divergence = torch.zeros((), device=model.device)
+        if settings.match != "none":
+            weights = pool_weights(batch, settings.shares, self.generator, settings.template_length).to(_precise(last))
+            # layer by layer, so that the streams are not copied into one tensor
+            z = torch.stack([torch.einsum("bpd,bp->bd", _precise(self.kept[i]), weights) for i in range(model.layers)])
+            harmful = torch.tensor([bool(self.harmful(row)) for row in batch.rows], device=z.device)
+            matching = settings.matching(z, harmful)
+        if settings.kd_weight:
+            assert self.teacher is not None
+            ends = prompt_ends(batch).to(last.device)
+            student = head(model, last[torch.arange(len(ends), device=last.device), ends])
+            divergence = distillation(student, prompt_logits(self.teacher, batch), settings.temperature)
+        self.kept.clear()  # the graph goes with the backward pass
+        self.records.append({"matching": matching.item(), "distillation": divergence.item()})
+        return settings.weighted(matching, divergence, first=self.records[0]["matching"])
+
+
+def prompt_ends(batch: Batch) -> Int[Tensor, " batch"]:
+    """The place of each prompt's last token."""
+    places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return (prompt_tokens(batch) * places).amax(1)
+
+
+def head(model: Model, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocabulary"]:
+    """Logits of the last block's output: final norm, unembedding and, where the model has one, the cap."""
+    with model.autocast():
+        return unembed(model, model.bridge.ln_final(hidden))
+
+
+@torch.no_grad()
+def prompt_logits(model: Model, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+    """Float32 next-token logits after each prompt; tokens after the longest prompt are not read."""
+    after = prompt_ends(batch)[:, None] + 1
+    ids, attention = (
+        torch.nn.functional.pad(x, (0, 1))[:, : int(after.max()) + 1] for x in (batch.ids, batch.attention)
+    )
+    answer = torch.zeros_like(attention).scatter(1, after, True)
+    return response_logits(model, Batch(ids, attention, answer, batch.rows), share_prefix=True)

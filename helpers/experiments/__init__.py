@@ -1,1 +1,0 @@
-"""What chapters share and keep in the artifact store: one file for each kind of experiment."""

@@ -1,0 +1,1 @@
+"""Judges, offline and by API: how strongly an answer shows a trait, and what became of a request."""

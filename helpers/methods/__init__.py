@@ -1,1 +1,0 @@
-"""One file a chapter: that finding's mathematics and nothing else."""
