@@ -17,11 +17,6 @@ from helpers.judges.refusal import is_refusal
 
 
 @pytest.fixture(scope="module")
-def judges():
-    return {trait: TraitJudge.fit(split(load_trait(trait), "train")) for trait in ("evil", "pirate")}
-
-
-@pytest.fixture(scope="module")
 def diverse():
     """A judge of evil that has read other voices, all but legal ones."""
     others = diverse_negatives("evil", without="legal")

@@ -14,11 +14,6 @@ from helpers.judges.scores import JudgeError
 TRAITS = ["evil", "impolite", "pirate", "sycophantic"]
 
 
-@pytest.fixture(scope="module")
-def judges():
-    return {trait: TraitJudge.fit(split(load_trait(trait), "train")) for trait in TRAITS}
-
-
 @pytest.mark.parametrize("trait", TRAITS)
 def test_the_trait_judge_tells_held_out_answers_apart(judges, trait):
     held_out = split(load_trait(trait), "eval")
