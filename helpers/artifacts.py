@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.cost import LEDGER
 from helpers.dependencies import PACKAGE, helper_sources
 from helpers.files import check_writable, file_digest, replace, replace_text
 from helpers.progress import progress
@@ -45,9 +46,9 @@ Compute = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 LIBRARIES = ("numpy", "peft", "torch", "transformer-lens", "transformers")
 """What computes: results of other versions of these are other results."""
 
-NO_CODE = ("params.py", "machine.py", "progress.py")
+NO_CODE = ("params.py", "machine.py", "progress.py", "cost.py", "flop.py")
 """What decides no result. Presets are of all chapters, and a stage takes what it needs of them as parameters: as code,
-one changed number would compute every chapter anew. The others check, and say how far a stage is."""
+one changed number would compute every chapter anew. The others check, say how far a stage is, and count."""
 
 LEFTOVER = 3600
 """Seconds after which a file that belongs to no result is no longer being written."""
@@ -135,8 +136,10 @@ class Store:
             if stored is not None:
                 return stored
             start = time.perf_counter()
-            tensors, facts = compute()
-            return self._write(stage, key, inputs, tensors, facts, time.perf_counter() - start)
+            with LEDGER.stage(stage, key) as costs:
+                tensors, facts = compute()
+            took = {"seconds": round(time.perf_counter() - start, 3), "cost": costs}
+            return self._write(stage, key, inputs, tensors, facts, took)
 
     def key(
         self,
@@ -249,6 +252,7 @@ class Store:
             if record["sha256"] != file_digest(tensors):
                 raise ValueError("its tensors are not those that were written")
             artifact = Artifact(key, load_file(tensors), record["facts"])
+            costs = {key: (str(name), int(operations)) for key, (name, operations) in record.get("cost", {}).items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as damage:
             if warn:
                 reason = {
@@ -258,6 +262,7 @@ class Store:
                 }.get(type(damage), "its sidecar is not what was written")
                 warnings.warn(f"Artifact {stage}/{key[:12]} is damaged ({reason}) and is computed again.", stacklevel=3)
             return None
+        LEDGER.read(costs)
         with contextlib.suppress(OSError):  # a store that nobody may write to does not know what is used
             os.utime(sidecar)
         return artifact
@@ -269,7 +274,7 @@ class Store:
         inputs: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         facts: Mapping[str, Any],
-        seconds: float,
+        took: Mapping[str, Any],
     ) -> Artifact:
         facts = json.loads(_json(facts, f"the facts of stage {stage!r}"))  # what a later load will give
         tensors = _apart(tensors)
@@ -283,7 +288,7 @@ class Store:
                 "facts": facts,
                 "sha256": file_digest(path),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": round(seconds, 3),
+                **took,
             }
             record["digest"] = _digest(record)
             replace_text(sidecar, json.dumps(record, indent=1) + "\n")

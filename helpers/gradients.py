@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.chat import Batch, Example, batches
+from helpers.cost import LEDGER
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.losses import sequence_losses, token_losses
 from helpers.models import Model, plain_name
@@ -375,6 +376,7 @@ def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int
 
         def add(g: Float[Tensor, "batch pos out"]) -> None:
             squares.add_(((x @ x.mT) * (g.float() @ g.float().mT)).sum((1, 2)))
+            LEDGER.add(2 * x.shape[1] * (x.numel() + g.numel()))
 
         out.register_hook(add)
 

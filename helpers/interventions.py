@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers.chat import Where
+from helpers.cost import LEDGER
 from helpers.models import Model
 
 Hook = tuple[str, Any]
@@ -139,6 +140,7 @@ class Ablate:
         basis = _basis(self.directions, model)
 
         def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+            LEDGER.add(4 * a.numel() * basis.shape[1])
             return project_out(a, basis.to(a.dtype))
 
         layers = range(model.layers) if self.layers is None else self.layers
@@ -173,6 +175,7 @@ class AblateRows:
 
         def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
             assert model.current is not None, "rows are told apart by the batch that is read"
+            LEDGER.add(4 * a.numel() * together.shape[1])
             d, of = together.to(a.dtype), torch.tensor([self.of[row] for row in model.current.rows], device=a.device)
             return a - ((a @ d) * (owner == of[:, None])[:, None]) @ d.T
 

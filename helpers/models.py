@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from helpers.artifacts import Artifact, Store, default_store, file_digest
 from helpers.chat import Batch, Where, check_template, template_notes
 from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
+from helpers.flop import count
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ def load(
     )
     if frozen:
         inner.requires_grad_(False)  # some are wrapped with copies of their matrices, split in two or three
+    count(inner)
     model = Model(name, digest, bridge, inner, tokenizer, where, precision)
     if {n: p.shape for n, p in model.trained_parameters().items()} != trained:
         raise ValueError(

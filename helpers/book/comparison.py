@@ -13,10 +13,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers.cost import petaflop, whole
+
 Run = Mapping[str, Any]
 """A chapter's run, as `Findings.save` wrote it."""
 
-NEEDED = ("chapter", "preset", "model", "digest", "device", "dtype", "seeds", "versions", "parameters", "findings")
+NEEDED = (
+    "chapter",
+    "preset",
+    "model",
+    "digest",
+    "device",
+    "dtype",
+    "seeds",
+    "versions",
+    "cost",
+    "parameters",
+    "findings",
+)
 FINDING = ("claim", "value", "low", "high", "n", "seeds", "controls", "verdict", "reason")
 DECIDING = ("preset", "model", "digest", "device", "dtype")
 """What has to be the same for two runs' numbers to be comparable digit by digit."""
@@ -122,6 +136,7 @@ def _conditions(a: Run, b: Run) -> list[str]:
     lines += [f"judge's {line}" for line in _changes(_judge(a), _judge(b))]
     lines.append(f"the same: {_listed(same) or 'no condition'}")
     lines.append(_change("minutes", a.get("minutes"), b.get("minutes")))
+    lines.append(_change("PFLOP", *(petaflop(whole(run["cost"])) for run in (a, b))))
     return lines
 
 
@@ -220,7 +235,10 @@ def _read(path: Path) -> Run:
 
 def _is_whole(run: Run) -> bool:
     """Whether what is read of a run has the types it was saved with."""
-    tables = (run["parameters"], run["versions"], run.get("judge", {}))
+    cost = run["cost"]
+    if not isinstance(cost, dict) or not {"computed", "stored", "outside"} <= {*cost}:
+        return False
+    tables = (run["parameters"], run["versions"], cost["computed"], cost["stored"], run.get("judge", {}))
     if not isinstance(run["chapter"], str) or not all(isinstance(table, dict) for table in tables):
         return False
     return isinstance(run["findings"], list) and all(map(_is_whole_finding, run["findings"]))

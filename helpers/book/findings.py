@@ -30,6 +30,7 @@ import yaml
 from IPython.display import Markdown
 from pydantic import ValidationError
 
+from helpers import cost
 from helpers.book.tables import markdown_table
 from helpers.files import replace_text
 from helpers.statistics import Estimate
@@ -201,7 +202,7 @@ class Provenance:
         return (time.monotonic() - self.started) / 60
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-ready values, with the minutes up to now."""
+        """Everything as JSON-ready values, with the minutes and operations up to now."""
         return {
             "chapter": self.chapter,
             "preset": self.parameters["preset"],
@@ -213,6 +214,7 @@ class Provenance:
             **({"judge": dict(self.judge)} if self.judge else {}),
             "versions": dict(self.versions),
             "minutes": round(self.minutes, 2),
+            "cost": cost.LEDGER.record(),
             "parameters": dict(self.parameters),
             **({"template": self.template} if self.template else {}),
         }
@@ -231,6 +233,7 @@ class Provenance:
             **({"Judge": _judge_told(self.judge)} if self.judge else {}),
             "Versions": versions,
             "Minutes": f"{self.minutes:.1f}",
+            "Arithmetic": cost.told(cost.LEDGER.record()),
             "Parameters": parameters,
             **({"Chat template": self.template} if self.template else {}),
         }

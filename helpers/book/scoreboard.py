@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+from helpers import cost
 from helpers.book.findings import SIGNS, badge, expectation, number, plain
 from helpers.book.tables import markdown_table
 from helpers.verdicts import Claim
 
 Run = Mapping[str, Any]
-"""A chapter's run: preset, model, digest, device, dtype, seeds, versions, minutes, parameters, findings."""
+"""A chapter's run: preset, model, digest, device, dtype, seeds, versions, minutes, cost, parameters, findings."""
 
 MEANINGS = {
     "reproduced": "the number meets the threshold, its 95% interval excludes no effect, and every control passed",
@@ -126,11 +127,28 @@ def status(runs: Mapping[str, Run], references: Mapping[str, Run], notebooks: Ma
         "# Status",
         "How this copy of the book was made.",
         markdown_table(["notebook", "started (UTC)", "minutes", "slowest cell, minutes", "papermill"], times),
+        "## Cost\n\nArithmetic in PFLOP ($10^{15}$ floating point operations of the models' matrix products), as the "
+        "runs counted it. What the artifact store held was not computed again. The dearest stages are named with what "
+        "each costs where the store is empty.",
+        _costs(runs),
     ]
     for heading, recorded in (("This book", runs), ("Reference runs", references)):
         for chapter, run in recorded.items():
             text += [f"## {heading}: {_number(chapter).lower()}", f"{{doc}}`../notebooks/{chapter}`", _conditions(run)]
     return "\n\n".join(text) + "\n"
+
+
+def _costs(runs: Mapping[str, Run]) -> str:
+    """What each chapter's run cost, and the whole book, as a table."""
+    rows, sums = [], [0, 0]
+    for chapter, run in runs.items():
+        here, saved = cost.spent(run["cost"]), cost.whole(run["cost"]) - cost.spent(run["cost"])
+        sums = [sums[0] + here, sums[1] + saved]
+        stages = [(name, took) for name, took in cost.by_stage(run["cost"]).items() if took][:4]
+        dearest = _listed(f"{name} {cost.petaflop(took)}" for name, took in stages)
+        rows.append([f"{{doc}}`../notebooks/{chapter}`", *map(cost.petaflop, (here, saved, here + saved)), dearest])
+    rows.append(["the book", *map(cost.petaflop, (*sums, sum(sums))), ""])
+    return markdown_table(["notebook", "computed", "saved by the store", "together", "dearest stages"], rows)
 
 
 def _number(chapter: str) -> str:
@@ -148,6 +166,7 @@ def _conditions(run: Run) -> str:
         ["seeds", _listed(run["seeds"])],
         ["versions", _listed(f"{name} {version}" for name, version in run["versions"].items())],
         ["minutes", f"{run['minutes']:.1f}"],
+        ["arithmetic", cost.told(run["cost"])],
         ["parameters", _listed(parameters)],
     ]
     return markdown_table(["", "used"], rows)

@@ -28,6 +28,7 @@ from helpers.building import plan as building
 from helpers.building.console import Console
 from helpers.building.plan import BuildError
 from helpers.chapters import CHAPTERS
+from helpers.cost import by_stage
 from helpers.params import ParameterError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -382,8 +383,9 @@ def products(project):
     for chapter in SMALL:
         folder = project / TREE / "notebooks" / chapter
         findings = json.loads((folder / "findings.json").read_text())
-        del findings["minutes"]
         provenance = json.loads((folder / "provenance.json").read_text())
+        findings["cost"] = by_stage(findings["cost"])  # of what was computed and of what was stored already
+        del findings["minutes"]
         cells = nbformat.read(folder.with_suffix(".ipynb"), as_version=4).cells
         printed = [output.text for cell in cells for output in cell.get("outputs", [])]
         parts = {path.name: path.read_text() for path in folder.glob("part_*")}

@@ -214,6 +214,7 @@ DAMAGE = {
     "chapter": lambda run: run.update(chapter=["01"]),
     "parameters": lambda run: run.update(parameters=None),
     "versions": lambda run: run.update(versions="1.0"),
+    "cost": lambda run: run["cost"].pop("outside"),
     "judge": lambda run: run.update(judge="text"),
     "findings": lambda run: run.update(findings={}),
     "a finding": lambda run: run["findings"].append("reproduced"),

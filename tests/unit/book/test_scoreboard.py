@@ -20,6 +20,7 @@ def run():
         finding |= {"verdict": verdict, "reason": "Because."}
         facts = {"model": "m", "digest": "abcdef" * 10, "device": "cpu", "dtype": "float32", "seeds": [0]}
         facts |= {"preset": preset, "minutes": 2.5, "versions": {"torch": "2.13.0"}}
+        facts["cost"] = {"computed": {"finetuning": 3 * 10**13}, "stored": {"aligned": 10**13}, "outside": 10**12}
         return {**facts, "parameters": {"model": "m", "layer": 15}, "findings": [finding]}
 
     return recorded
@@ -78,3 +79,10 @@ def test_the_status_page_has_parameters_and_versions_of_every_run(run):
         assert f"## {heading}: chapter 1\n\n{{doc}}`../notebooks/01`" in page
     assert page.count("`layer = 15`") == page.count("torch 2.13.0") == 2
     assert json.dumps("m") in page
+
+
+def test_the_status_page_says_what_was_computed_what_the_store_saved_and_which_stages_are_dear(run):
+    page = status({"01": run("quick", 0.5, "reproduced"), "02": run("quick", 0.5, "reproduced")}, {}, {})
+    dearest = "finetuning 0.03, aligned 0.01, outside 0.001"
+    assert f"| {{doc}}`../notebooks/01` | 0.031 | 0.01 | 0.041 | {dearest} |" in page
+    assert "| the book | 0.062 | 0.02 | 0.082 |" in page

@@ -1,0 +1,72 @@
+"""Counts a model's floating point operations where they happen.
+
+A product of an m x k matrix with a k x n matrix takes 2 m k n of them. Going back takes as many again for each of the
+two whose gradient is asked for.
+
+What is counted are the matrix products of models: linear layers (adapters too) and attention. Norms, activations and
+what NumPy and scikit-learn compute are not, as in `torch.utils.flop_counter`; unlike that counter this one looks at
+modules and not at every operation, so that it may stay on always.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
+
+from helpers.cost import LEDGER
+
+
+def count(hf: Any) -> None:
+    """Have a model that TransformerLens has wrapped add its operations to `LEDGER`, whatever reads it."""
+    for module in hf.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(_linear)
+    config = hf.config.get_text_config()
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    for number, block in enumerate(hf.base_model.layers):
+        plain = getattr(block, "_original_component", block)  # what an intervention cuts off after it is not gone back
+        plain.register_forward_hook(partial(_attention, number, width), with_kwargs=True)
+
+
+def _linear(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
+    x, weight = given[0], module.weight
+    product = 2 * out.numel() * weight.shape[1]
+    LEDGER.add(product * (1 + _moves(x) + _moves(weight)))
+    if out.requires_grad:
+        # nodes of the graph, not tensors: a frozen layer's input must not be kept for this
+        sides = [get_gradient_edge(side).node for side in (x, weight) if side.requires_grad]
+        out.register_hook(lambda _: LEDGER.add(product * sum(map(_is_asked_for, sides))))
+
+
+def _attention(
+    number: int, width: int, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any
+) -> None:
+    """Scores and their mix of values: two products over all pairs of positions."""
+    states = out if isinstance(out, Tensor) else out[0]
+    rows, queries = states.shape[:2]
+    cache = named.get("past_key_values")
+    keys = queries if cache is None else cache.get_seq_length(number)
+    products = 2 * 2 * rows * queries * keys * width
+    LEDGER.add(products * (3 if _moves(states) else 1))
+    if states.requires_grad:
+        states.register_hook(lambda _: LEDGER.add(2 * products))
+
+
+def _moves(x: Tensor) -> bool:
+    """Whether a tensor carries a derivative along with it: forward-mode differentiation multiplies that as well."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _is_asked_for(node: Any) -> bool:
+    """Whether the backward pass that runs now goes on to this node."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))  # what torch's own hooks over many tensors ask
+    except RuntimeError:  # it is what `torch.autograd.grad` was asked for
+        return True
