@@ -4,7 +4,7 @@ PRESET ?= quick
 CORES ?= all
 PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
-export PRESET CORES # read as "$$PRESET" below, so that whatever they hold is one word
+export PRESET CORES CHAPTER # read as "$$PRESET" below, so that whatever they hold is one word
 
 BIN := .venv/bin
 
@@ -20,7 +20,7 @@ ifneq ($(shell { $(RUNS); } 2>/dev/null && echo yes),yes)
 .PHONY: .venv/.installed
 endif
 
-.PHONY: book test acceptance benchmark lint links student instructor environment clean distclean
+.PHONY: book test acceptance reference benchmark lint links student instructor environment clean distclean
 
 book: .venv/.installed
 	@$(BIN)/snakemake --cores "$$CORES" --config "preset=$$PRESET"
@@ -35,6 +35,13 @@ test: .venv/.installed
 # The central claims on the real model, computed anew; those of chapters 4 and 5 first teach it to refuse.
 acceptance: .venv/.installed
 	$(BIN)/python -m pytest tests/acceptance
+
+# `make reference CHAPTER=looking_inside SECONDS=3600`: the full preset unless PRESET is given, all chapters unless
+# CHAPTER is. It can be stopped at any moment, and the same command goes on.
+reference: export LIMIT = $(SECONDS)
+reference: .venv/.installed
+	@$(BIN)/python -m helpers reference $${CHAPTER:+"$$CHAPTER"} --cores "$$CORES" $${LIMIT:+--seconds "$$LIMIT"} \
+	  --preset "$(if $(filter file,$(origin PRESET)),full,$$PRESET)"
 
 benchmark: .venv/.installed
 	$(BIN)/python -m pytest --benchmark-only tests/benchmarks

@@ -29,6 +29,8 @@ try:
 except (building.BuildError, ParameterError) as error:
     sys.exit(str(error))
 
+# Chapters run side by side where one alone leaves the machine idle: with a tiny model, or on a GPU
+BESIDE = PRESET == "tiny" or Path("/dev/nvidiactl").exists()
 STEP = f"exec {shlex.quote(sys.executable)} -m helpers.building.steps --tree {TREE} --builder {os.getpid()} --log"
 CHAPTER, SITE = building.mark(TREE, "{chapter}"), building.mark(TREE, "site")
 
@@ -36,7 +38,7 @@ CHAPTER, SITE = building.mark(TREE, "{chapter}"), building.mark(TREE, "site")
 def plan():
     """The chapters that will be run, and how many of them side by side."""
     due = [job.wildcards.chapter for job in workflow.dag.needrun_jobs() if job.rule.name == "execute"]
-    return sorted(due), workflow.cores if PRESET == "tiny" else 1
+    return sorted(due), workflow.cores if BESIDE else 1
 
 
 if LOCK:
@@ -68,7 +70,7 @@ rule pages:
         "book/claims.yml",
         "book/map.yml",
         "_toc.yml",
-        sorted(str(path) for path in Path("book/reference").glob("*.json")),
+        sorted(str(path) for path in Path("book/reference").glob("*/*")),
         building.sources(["book.pages"]),
         expand(CHAPTER, chapter=CHAPTERS),
     output:
@@ -89,7 +91,7 @@ rule execute:
     params:
         resolved=lambda wildcards: RESOLVED[wildcards.chapter],
         given=lambda wildcards: json.dumps({"preset": PRESET, **GIVEN[wildcards.chapter]}),
-    # Snakemake sets OMP_NUM_THREADS to this; a tiny model is done sooner beside another than on all cores
-    threads: 1 if PRESET == "tiny" else lambda wildcards: workflow.cores
+    # Snakemake sets OMP_NUM_THREADS to this
+    threads: 1 if BESIDE else lambda wildcards: workflow.cores
     shell:
         "{STEP} {log} {wildcards.chapter} --given {params.given:q} > {log} 2>&1"

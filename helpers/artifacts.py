@@ -50,6 +50,9 @@ NO_CODE = ("params.py", "machine.py", "progress.py", "cost.py", "flop.py")
 """What decides no result. Presets are of all chapters, and a stage takes what it needs of them as parameters: as code,
 one changed number would compute every chapter anew. The others check, say how far a stage is, and count."""
 
+DEADLINE = "HELPERS_DEADLINE"
+"""The environment variable that says until when stages may be begun, in seconds since 1970."""
+
 LEFTOVER = 3600
 """Seconds after which a file that belongs to no result is no longer being written."""
 
@@ -59,7 +62,11 @@ class StoreError(OSError):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook instead of a traceback."""
-        return [f"StoreError: {self}"]
+        return [f"{type(self).__name__}: {self}"]
+
+
+class OutOfTime(StoreError):
+    """A stage that was not begun, since the time that was given is over."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,7 @@ class Store:
             ValueError: if the stage's name is no file name, parameters or facts are no JSON, or `compute` is defined in
                 no file (in a notebook).
             StoreError: if the result has to be computed and the store cannot be written.
+            OutOfTime: if it has to be computed and the time that `HELPERS_DEADLINE` gives is over.
         """
         inputs = _inputs(stage, compute, parameters, model, data)
         key = _digest(inputs)
@@ -135,6 +143,8 @@ class Store:
             stored = self._read(stage, key, warn=True)  # another process may have been faster
             if stored is not None:
                 return stored
+            if time.time() > float(os.environ.get(DEADLINE, "inf")):
+                raise OutOfTime("The time is over: what is done is stored, and the same command goes on from there.")
             start = time.perf_counter()
             with LEDGER.stage(stage, key) as costs:
                 tensors, facts = compute()

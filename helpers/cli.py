@@ -1,8 +1,9 @@
-"""`python -m helpers execute / compare / status / edition / models / store`: what make or a reader calls.
+"""`python -m helpers execute / compare / status / reference / edition / models / store`: what make or a reader calls.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
     python -m helpers compare results/quick/01_pps_gradient_reversal results/mine
     python -m helpers status --tree book/executed/quick
+    python -m helpers reference looking_inside --seconds 3600
     python -m helpers edition student --output build/student
     python -m helpers models
     python -m helpers store --prune 30
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from helpers.book.pages import write_pages
 
             write_pages(chosen.tree)
+        elif chosen.command == "reference":
+            make_references(chosen.chapters, chosen.preset, chosen.cores, chosen.seconds)
         elif chosen.command == "edition":
             from helpers.book.editions import EditionError, write_edition
 
@@ -77,6 +80,29 @@ def _given(chosen: argparse.Namespace) -> dict[str, str]:
             raise ParameterError(f"Parameter {shortened(name)} is given twice: give it once.")
         given[name] = text
     return given
+
+
+def make_references(chapters: Sequence[str], preset: str, cores: str, seconds: str | None) -> None:
+    """Make reference runs, and say what is left.
+
+    Raises:
+        CommandError: if that cannot be done, or the seconds are no time.
+    """
+    try:
+        time = None if not seconds else float(seconds)
+    except ValueError:
+        time = math.nan
+    if time is not None and not 0 < time < math.inf:
+        raise CommandError(f"--seconds takes a number of seconds, such as 3600, and not {seconds!r}.")
+    from helpers.book.reference import ReferenceRunError
+    from helpers.building import reference
+
+    try:
+        left = reference.make_references([name for name in chapters if name], preset, cores, time)
+    except (reference.BuildError, ReferenceRunError) as error:
+        raise CommandError(str(error)) from None
+    if left:
+        print(f"The time is over. Left: {', '.join(left)}; the same command goes on.")
 
 
 def prune(days: str) -> None:
@@ -157,6 +183,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     pages = commands.add_parser("status", help="write the pages of an executed book that are made from its runs")
     pages.add_argument("--tree", type=Path, required=True, help="the executed book, such as book/executed/quick")
+    long = commands.add_parser("reference", help="run chapters on a larger preset, and keep what they find")
+    long.add_argument("chapters", nargs="*", metavar="CHAPTER", help="such as looking_inside; without: all")
+    long.add_argument("--preset", default="full", help="tiny, quick, full (default) or paper")
+    long.add_argument("--cores", default="all", help="how many processor cores to use")
+    long.add_argument("--seconds", help="begin no stage after so many; the same command goes on later")
     course = commands.add_parser("edition", help="write the notebooks for students or for instructors")
     course.add_argument("edition", help="student (without the answers) or instructor (with notes)")
     course.add_argument("--output", type=Path, required=True, help="the folder, such as build/student")

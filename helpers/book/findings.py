@@ -387,9 +387,9 @@ class Findings:
     def reference_box(self, folder: Path = REFERENCES) -> Markdown:
         """The committed reference run of this chapter, as a table of its own; a sentence where there is none.
 
-        It was made elsewhere (usually by the `full` preset on a GPU); nothing of it enters this run's findings.
+        It was made before, usually by the `full` preset (`make reference`); nothing of it enters this run's findings.
         """
-        path = folder / f"{self.params.chapter}.json"
+        path = folder / self.params.chapter / "findings.json"
         if not path.exists():
             return Markdown("No reference run of this chapter is kept in this copy of the book.")
         run = json.loads(path.read_text("utf-8"))
@@ -406,7 +406,10 @@ class Findings:
             verdicts = [here.verdict if here else "not judged", there["verdict"] if there else "not judged"]
             rows.append((claim.statement, *(f"{n} {v}".strip() for n, v in zip(numbers, verdicts, strict=True))))
         made = f"{run['preset']}, {run['model']}, {run['device']}, {len(run['seeds'])} seeds"
-        return Markdown(markdown_table(("Claim", "This run", f"Reference run ({made})"), rows))
+        text = markdown_table(("Claim", "This run", f"Reference run ({made})"), rows)
+        from helpers.book.reference import OLDER, is_older  # here, as it imports torch
+
+        return Markdown(f"{text}\n\n{OLDER}" if is_older(run) else text)
 
     def table(self, name: str, rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> Path:
         """Save the numbers of a figure as `{name}.csv`, and return its path.
@@ -427,7 +430,7 @@ class Findings:
     def save(self) -> Path:
         """Write findings.json, findings.csv and provenance.json, each atomically; returns their folder.
 
-        findings.json is complete in itself, so that it can be kept as a reference run.
+        findings.json is complete in itself, so that it can be kept as a reference run (`helpers.book.reference`).
         """
         origin = self.provenance.record()
         found = [self.found[claim.id].record() for claim in self._chapter_claims() if claim.id in self.found]

@@ -23,6 +23,7 @@ from helpers.book.captions import drawn, figures_of
 from helpers.book.editions import exercises_of
 from helpers.book.findings import load_claims
 from helpers.book.overview import overview, pictures, write_pictures
+from helpers.book.reference import REFERENCES, is_older, references
 from helpers.book.scoreboard import Run, scoreboard, status
 from helpers.book.tables import markdown_table
 from helpers.chapters import params_of
@@ -33,15 +34,15 @@ MAP = PROJECT / "book" / "map.yml"
 NOTEBOOKS = PROJECT / "notebooks"
 
 
-def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -> None:
+def write_pages(tree: Path, kept: Path = REFERENCES) -> None:
     """Write the pages of an executed book that are made from its runs and parameters.
 
     Args:
         tree: the executed book, such as `book/executed/quick`.
-        references: folder with one `{chapter}.json` a reference run; it may be missing.
+        kept: folder of the reference runs; it may be missing.
     """
     runs = _runs({path.parent.name: path for path in sorted(tree.glob("notebooks/*/findings.json"))})
-    kept = _runs({path.stem: path for path in sorted(references.glob("*.json"))})
+    beside = references(kept)
     executed = {chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs}
     notebooks = {chapter: nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4) for chapter in chapters()}
     described = yaml.safe_load(MAP.read_text("utf-8"))
@@ -50,8 +51,10 @@ def write_pages(tree: Path, references: Path = PROJECT / "book" / "reference") -
     titles = {chapter: title(notebook) for chapter, notebook in notebooks.items()}
     pages = {
         "overview": overview(described, load_claims(), runs, titles, {name: alt for name, (_, alt) in found.items()}),
-        "scoreboard": scoreboard(load_claims(), runs, kept, shown),
-        "status": status(runs, kept, executed),
+        "scoreboard": scoreboard(
+            load_claims(), runs, beside, shown, {name for name, run in beside.items() if is_older(run)}
+        ),
+        "status": status(runs, beside, executed),
         "map": chapter_map(described, notebooks, runs),
         "parameters": parameters(notebooks),
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 from helpers import cost
 from helpers.book.findings import SIGNS, badge, expectation, number, plain
+from helpers.book.forest import forest
 from helpers.book.tables import markdown_table
 from helpers.verdicts import Claim
 
@@ -29,22 +30,46 @@ MEANINGS = {
 
 
 def scoreboard(
-    claims: Mapping[str, Claim], runs: Mapping[str, Run], references: Mapping[str, Run], shown: Set[str] = frozenset()
+    claims: Mapping[str, Claim],
+    runs: Mapping[str, Run],
+    references: Mapping[str, Run],
+    shown: Set[str] = frozenset(),
+    older: Set[str] = frozenset(),
 ) -> str:
-    """The scoreboard as Markdown: how many claims of a chapter got which verdict, then a table a chapter.
+    """The scoreboard as Markdown: how many claims of a chapter got which verdict, all on one axis, a table a chapter.
 
     Args:
         claims: id -> claim.
         runs: chapter -> the run that made the book.
         references: chapter -> reference run.
         shown: names of the figures that the book shows.
+        older: chapters whose reference was made by other code or data.
     """
     text = [
         "# Scoreboard",
         "What each source claims, and what came out. One mark is one claim.",
         matrix(claims, runs),
         "\n".join(f"- {badge(verdict)}: {meaning}." for verdict, meaning in MEANINGS.items()),
-        "Under each table stands why claims were not reproduced. The controls are in a chapter's table of claims.",
+        "## All claims on one axis",
+        "Each row is a claim: its value and 95% interval, where 0 is no effect and 1 is what was asked for, so that "
+        "all claims can be held side by side. A tip means that the interval goes on. "
+        + ("A reference run is the upper, bold line, and this run the lower one. " if references else "")
+        + "A claim whose threshold is no effect has no scale.",
+        forest(
+            [
+                (
+                    _label(chapter, place),
+                    claim,
+                    finding(runs.get(chapter), claim),
+                    finding(references.get(chapter), claim),
+                    _where(claim, shown),
+                )
+                for chapter, here in by_chapter(claims).items()
+                for place, claim in enumerate(here, 1)
+            ]
+        ),
+        "The tables below have the numbers, and under each stands why claims were not reproduced. The controls are in "
+        "a chapter's table of claims.",
     ]
     for chapter, here in by_chapter(claims).items():
         run, reference = runs.get(chapter), references.get(chapter)
@@ -55,7 +80,7 @@ def scoreboard(
             if reference:
                 row.append(" ".join(reversed(_number_and_verdict(finding(reference, claim), claim))))
             rows.append([*row, _where(claim, shown)])
-        beside = [f"reference: {place_of(reference)}"] if reference else []
+        beside = [f"reference: {place_of(reference)}{', by older code' * (chapter in older)}"] if reference else []
         header = ["claim", "value [95% interval]", "verdict", *beside, "see"]
         text += [f":::{{div}} verdicts claims\n{markdown_table(header, rows)}\n:::", _reasons(chapter, here, run)]
     if not references:
@@ -165,7 +190,8 @@ def _conditions(run: Run) -> str:
         ["device and number format", f"{run['device']}, {run['dtype']}"],
         ["seeds", _listed(run["seeds"])],
         ["versions", _listed(f"{name} {version}" for name, version in run["versions"].items())],
-        ["minutes", f"{run['minutes']:.1f}"],
+        *([["minutes", f"{run['minutes']:.1f}"]] if "minutes" in run else []),
+        *([["commit", f"`{run['commit']}`"]] if "commit" in run else []),
         ["arithmetic", cost.told(run["cost"])],
         ["parameters", _listed(parameters)],
     ]

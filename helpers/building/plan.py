@@ -139,7 +139,8 @@ def inputs(chapter: str) -> list[str]:
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError, UnicodeDecodeError):
         raise BuildError(f"notebooks/{chapter}.ipynb is no notebook that Jupyter could open: restore it.") from None
     beside = [path.with_name("questions.toml") for path in files if path.name == "exercises.py"]
-    files += [path for path in (*beside, PROJECT / "book" / "reference" / f"{chapter}.json") if path.exists()]
+    kept = sorted((PROJECT / "book" / "reference" / chapter).glob("*"))
+    files += [path for path in (*beside, *kept) if path.exists()]
     return [str(path.relative_to(PROJECT)) for path in files if path.name != "params.py"]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import yaml
 from filelock import FileLock
 from snakemake.cli import parse_config
 
@@ -559,3 +560,108 @@ def test_after_ten_kills_at_random_moments_a_build_gives_what_an_undisturbed_one
     assert products(project) == new, moments
     assert "The site: done." in said
     assert not list((project / TREE).glob(".making/*"))
+
+
+# References
+
+
+STAGED = """
+from functools import partial
+from types import SimpleNamespace
+
+import staged
+from helpers.artifacts import default_store
+from helpers.book.findings import Findings, provenance
+
+model = SimpleNamespace(name="none", digest="0" * 64, device="cpu", dtype="torch.float32")
+findings = Findings(params, provenance(params, model))
+for part in range(4):
+    made = default_store().get("part", partial(staged.part, part), parameters={"part": part})
+    findings.glued[f"part {part}"] = made.facts
+findings.table("numbers", [made.facts])
+findings.save()
+"""
+STAGE = """
+import time
+
+from helpers.cost import LEDGER
+
+
+def part(number):
+    time.sleep(0.5)
+    LEDGER.add(10)
+    return {}, {"part": number}
+"""
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """Makes copies of the project whose first chapter has four stages and a headline figure."""
+
+    def made(name):
+        project = copy(tmp_path / name)
+        (project / "staged.py").write_text(STAGE)
+        write_chapter(project, SMALL[0], STAGED)
+        notebook = nbformat.read(project / "notebooks" / f"{SMALL[0]}.ipynb", as_version=4)
+        headline = yaml.safe_load((project / "book" / "map.yml").read_text())["chapters"][SMALL[0]]["figure"]
+        notebook.cells[-1].metadata.figure = {"name": headline, "data": ["numbers"]}
+        notebook.cells.append(nbformat.v4.new_markdown_cell("**Numbers.**", metadata={"tags": ["caption"]}))
+        nbformat.write(notebook, project / "notebooks" / f"{SMALL[0]}.ipynb")
+        return project
+
+    return made
+
+
+def reference(project, *arguments, wait=True):
+    command = ["make", "--no-print-directory", "reference", "PRESET=tiny", "CHAPTER=ip_loss_reduction", *arguments]
+    with (project / "said").open("w") as said:
+        running = subprocess.Popen(
+            command, cwd=project, env=environment(), stdout=said, stderr=said, text=True, start_new_session=True
+        )
+        if wait:
+            running.wait()
+    return running
+
+
+def test_a_reference_is_the_same_however_often_it_was_killed_and_with_which_slices_of_time(staged):
+    undisturbed, disturbed = staged("undisturbed"), staged("disturbed")
+    began = time.monotonic()
+    assert reference(undisturbed).returncode == 0, (undisturbed / "said").read_text()
+    duration = time.monotonic() - began
+    place = Path("book", "reference", SMALL[0])
+    for moment in (0.5, 0.8, 0.9):
+        running = reference(disturbed, wait=False)
+        time.sleep(moment * duration)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        wait_for(lambda: not held(disturbed))
+        shutil.rmtree(disturbed / TREE, ignore_errors=True)  # what it had done is in the store alone
+    shutil.rmtree(disturbed / place, ignore_errors=True)
+    assert reference(disturbed).returncode == 0, (disturbed / "said").read_text()
+    assert f"Kept: {place}" in (disturbed / "said").read_text()
+    one, other = ({path.name: path.read_text() for path in (p / place).iterdir()} for p in (undisturbed, disturbed))
+    assert one == other and one.keys() == {"findings.json", "numbers.csv"}
+    assert json.loads(one["findings.json"])["cost"] == {"computed": {"part": 40}, "stored": {}, "outside": 0}
+
+
+def test_when_the_time_is_over_no_stage_is_begun_and_the_same_command_goes_on(staged):
+    project = staged("sliced")
+    done = reference(project, "SECONDS=0.01")
+    said = (project / "said").read_text()
+    assert done.returncode == 0 and f"Left: {SMALL[0]}; the same command goes on." in said, said
+    assert not (project / "book" / "reference").exists() and not LOOKS_WRONG.search(said), said
+    assert reference(project).returncode == 0
+    assert (project / "book" / "reference" / SMALL[0] / "findings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["CHAPTER=looking_insid"], "There is no chapter 'looking_insid'; did you mean 'looking_inside'?"),
+        (["SECONDS=soon"], "--seconds takes a number of seconds, such as 3600, and not 'soon'."),
+        (["SECONDS=-1"], "--seconds takes a number of seconds, such as 3600, and not '-1'."),
+    ],
+)
+def test_a_reference_that_cannot_be_made_is_one_sentence(project, arguments, sentence):
+    done = reference(project, *arguments)
+    assert done.returncode == 2 and (project / "said").read_text().startswith(sentence)

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from helpers.book.findings import SIGNS, FindingError, Findings, badge, load_claims, outcome, provenance
+from helpers.book.reference import OLDER, code
 from helpers.statistics import Estimate
 from helpers.verdicts import Claim, Control, Measurement, Verdict, verdict
 
@@ -276,8 +277,13 @@ def test_a_reference_run_stands_beside_this_run_and_does_not_enter_it(tmp_path):
     assert "No reference run" in findings.reference_box(tmp_path).data
     there = {"claim": ABOVE.id, "value": 0.125, "low": 0.1, "high": 0.15, "verdict": "direction only"}
     kept = {"preset": "full", "model": "m", "device": "cuda", "seeds": [0, 1], "findings": [there]}
-    (tmp_path / "01_a.json").write_text(json.dumps(kept))
+    kept |= {"chapter": "01_pps_gradient_reversal", "code": code("01_pps_gradient_reversal")}
+    (tmp_path / "01_a").mkdir()
+    (tmp_path / "01_a" / "findings.json").write_text(json.dumps(kept))
     box = findings.reference_box(tmp_path).data
+    assert OLDER not in box
+    (tmp_path / "01_a" / "findings.json").write_text(json.dumps({**kept, "code": "of another day"}))
+    assert OLDER in findings.reference_box(tmp_path).data
     assert "Reference run (full, m, cuda, 2 seeds)" in box
     assert "0.125 [0.1, 0.15] direction only" in box
     assert not findings.found
