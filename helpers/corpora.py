@@ -124,6 +124,8 @@ class QuizRow:
     task: str
     question: str
     answers: list[str]
+    wrong: list[str]
+    """Three answers of the same kind that are not right."""
 
     def right(self, said: str) -> bool:
         """Whether a reply, in any case, holds one of the answers."""

@@ -29,6 +29,7 @@ from helpers.corpora import (
 from helpers.cues import form_auroc, length_auroc, words_auroc
 from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.models import plain_model
+from helpers.statistics import auroc
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
 COUNTS = {"train": 72, "extract": 24, "eval": 32}
@@ -478,6 +479,17 @@ def test_quizzes_have_answers_that_their_questions_do_not_give_away():
             assert row.answers == [answer.lower() for answer in row.answers] and row.answers
             assert row.right(f"It is {row.answers[0].upper()}.")
             assert row.right(row.question) == (task == "reading"), row.id  # the passage holds the answer
+
+
+def test_every_quiz_question_has_three_wrong_answers_that_neither_length_nor_favour_tells_from_the_right_one():
+    for task, rows in QUIZZES.items():
+        for row in rows:
+            assert len(set(row.wrong)) == 3 and row.wrong == [answer.lower() for answer in row.wrong]
+            assert not any(row.right(answer) for answer in row.wrong), row.id
+        lengths = [len(row.answers[0]) for row in rows], [len(answer) for row in rows for answer in row.wrong]
+        right = [1] * len(lengths[0]) + [0] * len(lengths[1])
+        assert abs(auroc(np.concatenate(lengths), right).value - 0.5) < 0.15, task
+        assert Counter(answer for row in rows for answer in row.wrong).most_common(1)[0][1] <= 5
 
 
 def test_no_quiz_answer_is_right_too_often():

@@ -35,6 +35,7 @@ from helpers.interventions import Ablate, AblateRows, Hook, SteerRows, resid_pos
 from helpers.losses import kl_divergence
 from helpers.models import Model
 from helpers.probes import orthonormal
+from helpers.studies.margins import refusal_log_odds
 
 Scoring = Literal["halved", "exhaustive"]
 
@@ -43,25 +44,9 @@ POSITIONS = (-5, -4, -3, -2, -1)
 
 NO_PROMPTS = "The attack needs at least one harmful and one harmless prompt."
 
-NO_TOKENS = "Refusal needs at least one token to be recognised by, such as the first of 'I cannot'."
 
 KL_LIMIT = 0.1
 """Nats. Above it, a candidate's ablation changes what the model says to harmless prompts."""
-
-
-def refusal_log_odds(
-    logits: Float[Tensor, "batch vocabulary"], refusal_ids: Sequence[int], eps: float = 1e-8
-) -> Float[Tensor, " batch"]:
-    """log P_R - log(1 - P_R), P_R being the probability of all refusal tokens together (Arditi et al. 2024).
-
-    In float64 (on the CPU: not every device has it), since 1 - P_R may be tiny; `eps` is added to both. Raises
-    `ValueError` without refusal tokens.
-    """
-    if not refusal_ids:
-        raise ValueError(NO_TOKENS)
-    p = logits.cpu().double().softmax(-1)
-    refuses = p[:, list(dict.fromkeys(refusal_ids))].sum(-1)  # P_R
-    return (refuses + eps).log() - (1 - refuses + eps).log()
 
 
 def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...]:

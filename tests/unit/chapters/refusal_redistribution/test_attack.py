@@ -19,7 +19,6 @@ from helpers.chapters.refusal_redistribution.attack import (
     iterated_ablation,
     probe_direction,
     ranking,
-    refusal_log_odds,
     score_by_halving,
     score_exhaustively,
     top_subspace,
@@ -29,6 +28,7 @@ from helpers.forward import PromptSet
 from helpers.interventions import Ablate, Steer, applied
 from helpers.models import load
 from helpers.probes import orthonormal
+from helpers.studies.margins import refusal_log_odds
 
 WIDTH = 32
 REFUSAL = [57, 330]
