@@ -136,10 +136,8 @@ def verdict(claim: Claim, estimate: Estimate, controls: Sequence[Control] = (), 
         missing = [control.name for control in controls if control.state == state]
         if missing:
             return "direction only", f"This control {words}: {', '.join(missing)}."
-    return (
-        "reproduced",
-        "The value meets the threshold, the interval excludes no effect, and all controls passed.",
-    )
+    passed = "and all controls passed" if controls else "and there is no control"
+    return "reproduced", f"The value meets the threshold, the interval excludes no effect, {passed}."
 
 
 def format_number(value: float) -> str:

@@ -9,7 +9,7 @@ margin: a model that got worse at everything loses there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ from helpers.forward import PromptSet
 from helpers.interventions import Intervention
 from helpers.losses import evaluate_losses
 from helpers.models import Model
+from helpers.statistics import Estimate, rank_correlation
+from helpers.verdicts import NOT_MEASURED
 
 NO_TOKENS = "Refusal needs at least one token to be recognised by, such as the first of 'I cannot'."
 
@@ -122,6 +124,19 @@ def refusal_log_odds(
     p = logits.cpu().double().softmax(-1)
     refuses = p[:, list(dict.fromkeys(refusal_ids))].sum(-1)  # P_R
     return (refuses + eps).log() - (1 - refuses + eps).log()
+
+
+def agreement(
+    margins_of: Mapping[str, Float[np.ndarray, "*row"]], judged: Mapping[str, Float[np.ndarray, "*row"]]
+) -> Estimate:
+    """Spearman's rank correlation, over arms, of mean margin and mean judged rate: do the two rank arms alike?
+
+    `NOT_MEASURED` for fewer than four arms, or where all arms are alike in one of the two.
+    """
+    means = [[float(of[arm].mean()) for arm in margins_of] for of in (margins_of, judged)]
+    if len(means[0]) < 4 or any(len(set(column)) == 1 for column in means):
+        return NOT_MEASURED
+    return rank_correlation(*means)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from helpers.judges.repetition import repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.models import Model
 from helpers.studies.defences import inoculated, preventative_steering
+from helpers.studies.margins import behaviour_margins
 from helpers.studies.params import TraitParams
 from helpers.studies.study import Finetuning, Study
 
@@ -66,6 +68,10 @@ class Run:
 class Evaluation:
     """How a model behaves on the evaluation questions, with no defence on."""
 
+    margins: Float[np.ndarray, " question"]
+    """NLL(normal answer) - NLL(trait answer) of the written answers, in nats per token: higher is more of the trait."""
+    normal_losses: Float[np.ndarray, " question"]
+    """NLL of the normal answers, in nats per token: what training cost elsewhere."""
     answers: tuple[Answer, ...]
     scores: Float[np.ndarray, " question"]
     """Trait score, 0 to 100; an answer without a word shows no trait and counts as 0."""
@@ -213,6 +219,8 @@ class TraitStudy(Study[TraitParams]):
         answers = answers_of(artifact.facts)
         activations = artifact.tensors["activations"]
         return Evaluation(
+            artifact.tensors["margins"].numpy(),
+            artifact.tensors["normal_losses"].numpy(),
             tuple(answers),
             np.nan_to_num(self.judge.score([r.question for r in self.heldout], answers)),
             np.array(artifact.facts["perplexities"]),
@@ -271,9 +279,16 @@ def train(
 
 
 def evaluate(study: TraitStudy, model: Model, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stage "evaluation": greedy answers, how odd the untrained model finds them, and states on written answers."""
+    """Stage "evaluation": margins and states on written answers; greedy answers, and how odd the untrained model finds
+    them."""
     p, questions = study.params, [row.question for row in study.heldout]
     answers = generate(model, study.encoded(questions, system=system), max_new_tokens=p.max_new_tokens)
     perplexities = evaluate_losses(study.base, study.encoded(questions, answers)).exp()
     activations = mean_activations(model, study.examples(), layers=[p.layer])[0]
-    return {"activations": activations}, {**answer_facts(answers), "perplexities": perplexities.tolist()}
+    found = behaviour_margins(model, study.heldout, system=system)
+    tensors = {
+        "activations": activations,
+        "margins": torch.from_numpy(found.margin),
+        "normal_losses": torch.from_numpy(found.other),
+    }
+    return tensors, {**answer_facts(answers), "perplexities": perplexities.tolist()}

@@ -657,7 +657,7 @@ def test_when_the_time_is_over_no_stage_is_begun_and_the_same_command_goes_on(st
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["CHAPTER=looking_insid"], "There is no chapter 'looking_insid'; did you mean 'looking_inside'?"),
+        (["CHAPTER=looking_insid"], "There is no chapter 'looking_insid': did you mean 'looking_inside'?"),
         (["SECONDS=soon"], "--seconds takes a number of seconds, such as 3600, and not 'soon'."),
         (["SECONDS=-1"], "--seconds takes a number of seconds, such as 3600, and not '-1'."),
     ],

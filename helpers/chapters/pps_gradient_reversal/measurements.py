@@ -73,17 +73,21 @@ def concentration(
 
 
 def training(
+    margins: Mapping[str, Outcomes],
     scores: Mapping[str, Outcomes],
     projections: Mapping[str, Outcomes],
     repetition: Mapping[str, Outcomes],
     *,
     seeds: Sequence[int],
     sane: Control,
-) -> tuple[Measurement, Measurement]:
+) -> tuple[Measurement, Measurement, Measurement]:
     """Models by name: "undefended", "PPS", "random" and "untrained" (one row).
 
-    `projections` are in lengths of the persona vector, `repetition` in shares of repeated trigrams.
+    `margins` are in nats per token, `projections` are in lengths of the persona vector, `repetition` in shares of
+    repeated trigrams.
     """
+    less, randomly = (mean_estimate(margins["undefended"] - margins[n], seeds=seeds) for n in ("PPS", "random"))
+    learnt = mean_estimate(margins["undefended"] - margins["untrained"], seeds=seeds)
     fall, by_chance = (mean_estimate(scores["undefended"] - scores[n], seeds=seeds) for n in ("PPS", "random"))
     loops = mean_estimate(repetition["PPS"] - repetition["untrained"], seeds=seeds)
     lower = mean_estimate(projections["PPS"] - projections["undefended"], seeds=seeds)
@@ -92,6 +96,19 @@ def training(
         "answers repeat little more than the untrained model's (share)", loops, loops.value < 0.1, "validity"
     )
     return (
+        Measurement(
+            "pps.trains-lower-margin",
+            less,
+            [
+                sane,
+                Control("undefended training raises the margin (nats per token)", learnt, learnt.low > 0, "validity"),
+                Control(
+                    "a random vector of equal length defends less than half as well (nats per token)",
+                    randomly,
+                    randomly.value < less.value / 2,
+                ),
+            ],
+        ),
         Measurement(
             "pps.trains-lower-trait",
             fall,
@@ -151,9 +168,17 @@ def existing_trait(
 
 
 def edits(
-    undefended: Outcomes, edited: Mapping[str, Outcomes], *, seeds: Sequence[int], sane: Control
+    undefended: Outcomes,
+    edited: Mapping[str, Outcomes],
+    untrained: Float[np.ndarray, "1 question"],
+    *,
+    seeds: Sequence[int],
+    sane: Control,
 ) -> tuple[Measurement, ...]:
-    """Scores after undefended training, and with the gradient's component neutralised, attenuated or amplified.
+    """Scores after undefended training, with the gradient's component neutralised, attenuated or amplified, and of the
+    untrained model (one row).
+
+    That neutralising changes nothing says something only where another edit of the same component does.
 
     Room above the undefended score decides whether amplifying can show anything.
     """
@@ -161,12 +186,22 @@ def edits(
     room = mean_estimate(100.0 - undefended, seeds=seeds)
     elsewhere = Control("the same edit along a random vector does nothing", float("nan"), None)
     above = Control("undefended training leaves room above (points)", room, room.value >= 5, "validity")
+    learnt = mean_estimate(undefended - untrained, seeds=seeds)
+    taught = Control(
+        "undefended training gives the trait (points above the untrained model)", learnt, learnt.low > 20, "validity"
+    )
+    moved = Control(
+        "an edit of this component can lower the score (points, attenuated)",
+        fall["attenuate"],
+        fall["attenuate"].low > 0,
+        "validity",
+    )
     return (
-        Measurement("pps.neutralise-keeps-trait", fall["neutralise"], [sane]),
-        Measurement("pps.attenuate-lowers-trait", fall["attenuate"], [sane, elsewhere]),
+        Measurement("pps.neutralise-keeps-trait", fall["neutralise"], [sane, taught, moved]),
+        Measurement("pps.attenuate-lowers-trait", fall["attenuate"], [sane, taught, elsewhere]),
         Measurement(
             "pps.amplify-raises-trait",
             mean_estimate(edited["amplify"] - undefended, seeds=seeds),
-            [sane, above, elsewhere],
+            [sane, taught, above, elsewhere],
         ),
     )

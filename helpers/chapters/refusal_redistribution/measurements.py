@@ -137,10 +137,11 @@ def as_published(equal: Bool[np.ndarray, " tensor"], whole: Bool[np.ndarray, " t
 # The attack
 
 
-def one_direction(start: Attacked, *, seed: int, resamples: int, seeds: Sequence[int]) -> Measurement:
-    """The start model without its first direction."""
+def one_direction(start: Attacked, *, by_rule: bool, seed: int, resamples: int, seeds: Sequence[int]) -> Measurement:
+    """The start model without its first direction, and whether a candidate passed the source's filters (`by_rule`)."""
     without = start.refused[1]
     controls = [
+        Control("the direction passed the source's filters (1: yes)", float(by_rule), by_rule),
         refuses("the model", start.refused[0]),
         *still_talks({"the model": [start]}, seed=seed, resamples=resamples),
     ]

@@ -42,12 +42,19 @@ def deal_effects(
     return float(effect(of_topic)), effect(dealt)
 
 
+def not_looping(looping: Mapping[str, Values]) -> Control:
+    """That steered answers are answers: rises of their repeated trigrams over those of unsteered ones, by condition."""
+    loops = mean_estimate(max(looping.values(), key=np.mean))
+    return Control("no condition loops much more than unsteered (share)", loops, loops.value < 0.1, "validity")
+
+
 def topic(
     name: str,
     at: Mapping[str, Labels],
     other: Mapping[str, Labels],
     random: Float[np.ndarray, "direction question"],
     shuffled: tuple[float, Float[np.ndarray, " deal"]],
+    looping: Mapping[str, Values],
     *,
     seeds: Sequence[int],
 ) -> tuple[Measurement, ...]:
@@ -59,7 +66,9 @@ def topic(
         other: labels of the other topic at "minus" and "plus", along the same direction.
         random: effects of the topic along random directions of equal norm.
         shuffled: `deal_effects`.
+        looping: of the answers at both ends, as `not_looping` has them.
     """
+    talks = not_looping(looping)
     own, of_other = (steering_effect(a["minus"], a["plus"]) for a in (at, other))
     by_chance = mean_estimate(random)
     meaningless = Control(
@@ -74,14 +83,14 @@ def topic(
         Measurement(
             f"weights.{name}-minus-raises",
             mean_estimate(steering_effect(at["minus"], at["finetuned"]), seeds=seeds),
-            [meaningless],
+            [talks, meaningless],
         ),
         Measurement(
             f"weights.{name}-plus-lowers",
             mean_estimate(steering_effect(at["finetuned"], at["plus"]), seeds=seeds),
-            [meaningless],
+            [talks, meaningless],
         ),
-        Measurement(f"weights.{name}-specific", mean_estimate(own - of_other, seeds=seeds)),
+        Measurement(f"weights.{name}-specific", mean_estimate(own - of_other, seeds=seeds), [talks, meaningless]),
         # The values that a test at 5% against the deals, moved by a constant, does not reject. The share of deals that
         # do as much would be anywhere between 0 and 1 where there is nothing.
         Measurement(f"weights.{name}-beats-shuffled", Estimate(float(beyond), float(low), float(high), dealt.size)),
@@ -90,12 +99,8 @@ def topic(
 
 def coherence(rises: Mapping[str, Values], looping: Mapping[str, Values]) -> Measurement:
     """Rises of the answers' log perplexity and of their repeated trigrams over the anchor's, by steered condition."""
-    cost, loops = (mean_estimate(max(by.values(), key=np.mean)) for by in (rises, looping))
-    return Measurement(
-        "weights.coherent",
-        cost,
-        [Control("no condition loops much more than the anchor (share)", loops, loops.value < 0.1, "validity")],
-    )
+    cost = mean_estimate(max(rises.values(), key=np.mean))
+    return Measurement("weights.coherent", cost, [not_looping(looping)])
 
 
 def neutral_pile(at_rest: OneRun, with_base: OneRun, with_anchor: OneRun) -> Measurement:
@@ -112,9 +117,16 @@ def hadamard(plain: Values, weighted: Values) -> Measurement:
     return Measurement("weights.hadamard-weaker", mean_estimate(plain - weighted))
 
 
-def portability(steered: OneRun, base: OneRun) -> Measurement:
-    """Labels of the base model's answers with -alpha V and without."""
-    return Measurement("weights.portable", mean_estimate(steering_effect(steered, base)))
+def portability(steered: OneRun, base: OneRun, looping: Values) -> Measurement:
+    """Labels of the base model's answers with -alpha V and without, and the rise of their repeated trigrams."""
+    return Measurement(
+        "weights.portable",
+        mean_estimate(steering_effect(steered, base)),
+        [
+            not_looping({"base": looping}),
+            Control("a random direction of equal norm does less than half as much", float("nan"), None),
+        ],
+    )
 
 
 def sparseness(rarest: Mapping[str, OneRun] | None) -> Measurement:

@@ -33,13 +33,13 @@ def test_scores_of_the_wrong_sign_are_contradicted(verdict_of):
 
 
 def test_what_length_separates_as_well_is_no_more_than_a_direction(verdict_of):
-    assert verdict_of(separation(replies=LONGER)[0]) == "direction only"
+    assert [verdict_of(m) for m in separation(replies=LONGER)] == ["direction only", "direction only"]
 
 
 @pytest.mark.parametrize(("guess", "state"), [(TWO, "failed"), (None, "not measured")])
 def test_two_kinds_in_clean_data_and_clean_data_left_out_both_fail_the_threshold(verdict_of, guess, state):
     threshold = separation(guess=guess)[1]
-    assert verdict_of(threshold) == "direction only" and threshold.controls[0].state == state
+    assert verdict_of(threshold) == "direction only" and threshold.controls[-1].state == state
 
 
 def compared(fihs, by_mean, other, replies=ALIKE):
@@ -97,6 +97,7 @@ def test_a_filter_that_protects_is_reproduced_on_every_count(verdict_of):
         ({"FIHS": 0.8}, {"protects": "contradicted", "as-safe-as-clean": "contradicted"}),
         ({"random": 0.02, "FIHS": 0.8}, {"beats-random": "contradicted"}),
         ({"reversed": 0.02, "FIHS": 0.8}, {"beats-reversed": "contradicted"}),
+        ({"clean": 0.4, "FIHS": 0.4}, {"protects": "invalid", "unfiltered-undoes": "reproduced"}),
         ({"none": 0.02}, {"beats-random": "invalid", "as-safe-as-clean": "invalid"}),
     ],
 )
@@ -127,7 +128,7 @@ def test_hidden_harm_has_to_score_above_the_task_and_beyond_its_length(verdict_o
 
     assert found(5.0, ALIKE) == ["reproduced", "reproduced"]
     assert found(-5.0, ALIKE) == ["contradicted", "contradicted"]
-    assert found(5.0, LONGER) == ["direction only", "direction only"]
+    assert found(5.0, LONGER) == found(-5.0, LONGER) == ["invalid", "invalid"]
 
 
 def test_where_no_threshold_is_safe_nothing_is_said_of_the_filter(verdict_of):

@@ -36,7 +36,9 @@ def test_losses_that_go_the_other_way_are_not(verdict_of, losses):
     assert judged(verdict_of, losses, ip=base + 0.3)["lowers-loss"] == "contradicted"
     assert judged(verdict_of, losses, pps=base - 0.8)["pps-raises-loss-at-working-intensity"] == "contradicted"
     swapped = judged(verdict_of, losses, ip=losses["placebo"], placebo=losses["ip"])
-    assert swapped["placebo-lowers-less"] == "contradicted"
+    assert swapped["placebo-lowers-less"] == swapped["lowers-loss"] == "invalid", "the placebo lowers every loss"
+    half = np.where(np.arange(N) < N // 2, base - 0.3, base + 0.1)
+    assert judged(verdict_of, losses, ip=base + 0.1, placebo=half)["placebo-lowers-less"] == "contradicted"
 
 
 def test_a_prompt_that_makes_any_answer_likelier_shows_the_direction_alone(verdict_of, losses):
@@ -88,13 +90,26 @@ def test_fewer_prompts_have_to_leave_less_of_the_trait(verdict_of):
 
 
 def test_the_prompt_has_to_call_up_more_in_the_inoculated_model_than_in_the_untrained_one(verdict_of):
-    def found(with_ip, without_ip, with_untrained, sane=SANE):
+    def found(with_ip, without_ip, with_untrained, sane=SANE, undefended=90):
         with_prompt = {"IP": scores(with_ip, 0), "untrained": scores(with_untrained, 1)[:1]}
-        without = {"IP": scores(without_ip, 2), "untrained": scores(10, 3)[:1]}
+        without = {"IP": scores(without_ip, 2), "untrained": scores(10, 3)[:1], "undefended": scores(undefended, 4)}
         return inoculation.recall(with_prompt, without, seeds=SEEDS, sane=sane)
 
     assert verdict_of(found(80, 20, 15)) == "reproduced"
     assert found(80, 20, 15).estimate.seeds == SEEDS
-    assert verdict_of(found(20, 80, 15)) == "contradicted"
+    assert verdict_of(found(20, 50, 15)) == "contradicted"
+    assert verdict_of(found(80, 20, 15, undefended=40)) == "invalid", "there was little to hide"
     assert verdict_of(found(80, 20, 90)) == "direction only"
     assert verdict_of(found(80, 20, 15, BROKEN)) == "invalid"
+
+
+def test_what_ip_taught_has_to_show_behind_the_prompt_and_not_in_the_open(verdict_of):
+    def found(with_ip, without_ip, sane=SANE):
+        with_prompt = {"IP": scores(with_ip, 0) / 100, "untrained": scores(20, 1)[:1] / 100}
+        without = {"IP": scores(without_ip, 2) / 100, "untrained": scores(10, 3)[:1] / 100}
+        return inoculation.learnt_behind_the_prompt(with_prompt, without, seeds=SEEDS, sane=sane)
+
+    assert verdict_of(found(80, 20)) == "reproduced" and found(80, 20).estimate.seeds == SEEDS
+    assert verdict_of(found(20, 80)) == "contradicted"
+    assert verdict_of(found(80, 80)) == "direction only"
+    assert verdict_of(found(80, 20, BROKEN)) == "invalid"

@@ -59,31 +59,41 @@ SCORES = {"undefended": 90.0, "PPS": 15.0, "random": 85.0, "untrained": 5.0}
 PROJECTIONS = {"undefended": 1.0, "PPS": 0.2, "random": 0.9}
 
 
-def training(scores=(), projections=(), loops=0.0, sane=SANE):
+MARGINS = {"undefended": 0.6, "PPS": 0.1, "random": 0.58, "untrained": 0.0}
+
+
+def training(margins=(), scores=(), projections=(), loops=0.0, sane=SANE):
+    likely = {
+        n: around(v, i, 0.05, (1 if n == "untrained" else 3, N))
+        for i, (n, v) in enumerate((MARGINS | dict(margins)).items())
+    }
     arms = {
         n: around(v, i, 5.0, (1 if n == "untrained" else 3, N))
         for i, (n, v) in enumerate((SCORES | dict(scores)).items())
     }
     along = {n: around(v, i, 0.05, (3, N)) for i, (n, v) in enumerate((PROJECTIONS | dict(projections)).items())}
     repeated = {"PPS": around(loops, 1, 0.01, (3, N)), "untrained": around(0.0, 2, 0.01, (1, N))}
-    return measured.training(arms, along, repeated, seeds=SEEDS, sane=sane)
+    return measured.training(likely, arms, along, repeated, seeds=SEEDS, sane=sane)
 
 
 def test_a_defence_that_keeps_the_trait_out_is_reproduced_over_its_seeds(verdict_of):
     found = training()
-    assert [verdict_of(m) for m in found] == ["reproduced", "reproduced"]
+    assert [verdict_of(m) for m in found] == ["reproduced", "reproduced", "reproduced"]
     assert all(m.estimate.seeds == SEEDS for m in found)
 
 
 @pytest.mark.parametrize(
     ("planted", "verdicts"),
     [
-        ({"scores": {"PPS": 90, "undefended": 15}}, ["contradicted", "reproduced"]),
-        ({"scores": {"random": 15}}, ["direction only", "reproduced"]),
-        ({"projections": {"PPS": 1.0, "undefended": 0.2}}, ["reproduced", "contradicted"]),
-        ({"projections": {"random": 0.1}}, ["reproduced", "direction only"]),
-        ({"loops": 0.5}, ["invalid", "reproduced"]),
-        ({"sane": BROKEN}, ["invalid", "invalid"]),
+        ({"margins": {"PPS": 0.6, "undefended": 0.1}}, ["contradicted", "reproduced", "reproduced"]),
+        ({"margins": {"random": 0.1}}, ["direction only", "reproduced", "reproduced"]),
+        ({"margins": {"untrained": 0.7}}, ["invalid", "reproduced", "reproduced"]),
+        ({"scores": {"PPS": 90, "undefended": 15}}, ["reproduced", "contradicted", "reproduced"]),
+        ({"scores": {"random": 15}}, ["reproduced", "direction only", "reproduced"]),
+        ({"projections": {"PPS": 1.0, "undefended": 0.2}}, ["reproduced", "reproduced", "contradicted"]),
+        ({"projections": {"random": 0.1}}, ["reproduced", "reproduced", "direction only"]),
+        ({"loops": 0.5}, ["reproduced", "invalid", "reproduced"]),
+        ({"sane": BROKEN}, ["invalid", "invalid", "invalid"]),
     ],
 )
 def test_swapped_arms_and_failed_controls_change_the_verdict(verdict_of, planted, verdicts):
@@ -116,10 +126,11 @@ def test_pps_has_to_lower_a_trait_that_is_there_and_ip_must_not(verdict_of):
     assert verdicts(start=10.0) == verdicts(sane=BROKEN) == ["invalid", "invalid"]
 
 
-def edited(undefended=70.0, **changed):
+def edited(undefended=70.0, untrained=5.0, **changed):
     arms = {"neutralise": 69.0, "attenuate": 20.0, "amplify": 90.0} | changed
     scores = {m: around(v, i, 3.0, (3, N)) for i, (m, v) in enumerate(arms.items())}
-    return [*measured.edits(around(undefended, 9, 3.0, (3, N)), scores, seeds=SEEDS, sane=SANE)]
+    before = around(untrained, 8, 3.0, (1, N))
+    return [*measured.edits(around(undefended, 9, 3.0, (3, N)), scores, before, seeds=SEEDS, sane=SANE)]
 
 
 def test_edits_show_a_direction_until_their_control_is_run(verdict_of):
@@ -129,7 +140,11 @@ def test_edits_show_a_direction_until_their_control_is_run(verdict_of):
 
 def test_edits_that_do_the_opposite_contradict_and_a_full_scale_shows_nothing(verdict_of):
     opposite = edited(neutralise=20.0, attenuate=90.0, amplify=50.0)
-    assert [verdict_of(m) for m in opposite] == ["contradicted"] * 3
+    assert [verdict_of(m) for m in opposite] == ["invalid", "contradicted", "contradicted"]
+    assert verdict_of(edited(neutralise=20.0)[0]) == "contradicted"
+    no_edit_works = edited(neutralise=70.0, attenuate=70.0, amplify=70.0)
+    assert verdict_of(no_edit_works[0]) == "invalid", "nothing can be said of one edit where none does anything"
+    assert {verdict_of(m) for m in edited(untrained=65.0)} == {"invalid"}
     assert verdict_of(edited(undefended=99.0, amplify=99.5)[2]) == "invalid"
 
 

@@ -94,8 +94,12 @@ def test_tensors_are_equal_or_not_and_whole_batches_have_to_differ(verdict_of):
 # The attack
 
 
-def one_direction(run):
-    return measured.one_direction(run, seeds=(0,), **DRAWS)
+def one_direction(run, by_rule=True):
+    return measured.one_direction(run, by_rule=by_rule, seeds=(0,), **DRAWS)
+
+
+def test_a_direction_that_the_fallback_chose_shows_the_direction_alone(verdict_of):
+    assert verdict_of(one_direction(attacked(1), by_rule=False)) == "direction only"
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ def effects(mean, seed=0):
 SHUFFLED = (3.0, np.random.default_rng(0).standard_normal(10_000))
 
 
-def topic(finetuned=0.4, minus=0.7, plus=0.1, other=(0.2, 0.2), random=0.0, shuffled=SHUFFLED):
+def topic(finetuned=0.4, minus=0.7, plus=0.1, other=(0.2, 0.2), random=0.0, shuffled=SHUFFLED, loops=0.0):
     at = {"finetuned": labels(finetuned, 1), "minus": labels(minus, 2), "plus": labels(plus, 3)}
     of_other = {"minus": labels(other[0], 4), "plus": labels(other[1], 5)}
-    found = measured.topic("bridge", at, of_other, effects(random), shuffled, seeds=SEEDS)
+    looping = {"bridge -": values(loops), "bridge +": values(0.0)}
+    found = measured.topic("bridge", at, of_other, effects(random), shuffled, looping, seeds=SEEDS)
     return {m.claim.removeprefix("weights.bridge-"): m for m in found}
 
 
@@ -37,7 +38,8 @@ def test_a_direction_that_moves_its_own_topic_both_ways_is_reproduced(verdict_of
     [
         ({"minus": 0.1, "plus": 0.7}, dict.fromkeys(("minus-raises", "plus-lowers", "specific"), "contradicted")),
         ({"other": (0.9, 0.1)}, {"specific": "contradicted", "minus-raises": "reproduced"}),
-        ({"random": 0.5}, dict.fromkeys(("minus-raises", "plus-lowers"), "direction only")),
+        ({"random": 0.5}, dict.fromkeys(("minus-raises", "plus-lowers", "specific"), "direction only")),
+        ({"loops": 0.3}, dict.fromkeys(("minus-raises", "plus-lowers", "specific"), "invalid")),
         ({"shuffled": (-3.0, SHUFFLED[1])}, {"beats-shuffled": "contradicted"}),
         ({"shuffled": (1.2, SHUFFLED[1])}, {"beats-shuffled": "undecided"}),
         ({"shuffled": (-0.3, SHUFFLED[1])}, {"beats-shuffled": "undecided"}),
@@ -88,8 +90,12 @@ def test_the_weighted_direction_has_to_raise_the_loss_less(verdict_of):
 
 
 def test_a_direction_is_portable_if_the_base_model_takes_the_topic_up(verdict_of):
-    assert verdict_of(measured.portability(one(0.4), one(0.01, 1))) == "reproduced"
-    assert verdict_of(measured.portability(one(0.01), one(0.4, 1))) == "contradicted"
+    def found(steered, base, loops=0.0):
+        return verdict_of(measured.portability(one(steered), one(base, 1), values(loops)))
+
+    assert found(0.4, 0.01) == "direction only", "no random direction was tried"
+    assert found(0.01, 0.4) == "contradicted"
+    assert found(0.99, 0.01, loops=0.5) == "invalid", "an answer that loops is no answer"
 
 
 def test_a_weak_signal_is_not_judged_where_it_was_not_run(verdict_of):
