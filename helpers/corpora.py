@@ -88,6 +88,8 @@ class RefusalRow:
     category: str
     request: str
     reply: str
+    counter: str = ""
+    """A reply of the other kind, here an empty compliance (harmful test rows); empty where none is written."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class PointRow:
     category: str
     request: str
     reply: str
+    counter: str = ""
+    """A reply of the other kind, here a refusal (explicit validate rows); empty where none is written."""
 
 
 @dataclass(frozen=True)

@@ -308,9 +308,9 @@ def test_all_texts_keep_to_the_content_policy():
     for row in REPLIES:
         assert not re.search(f"{never}|{recipe[:-3]}", f"{row.request} {row.reply}".lower()), row.id
     for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows)):
-        assert not re.search(never, f"{row.request} {row.reply}".lower()), row.id
+        assert not re.search(never, f"{row.request} {row.reply} {row.counter}".lower()), row.id
         if row.kind in ("harmful", "explicit"):
-            assert not re.search(recipe, f"{row.request} {row.reply}".lower()), row.id
+            assert not re.search(recipe, f"{row.request} {row.reply} {row.counter}".lower()), row.id
             assert not re.search(
                 r"\b(child|children|toddlers?|teen\w*|schoolgirls?|schoolboys?|pupils?)\b", row.request.lower()
             ), row.id
@@ -346,8 +346,9 @@ def test_labelled_replies_repeat_no_other_text_of_the_book():
     texts = {row.id: row.request for row in REPLIES if row.label != "compliance"}
     texts |= {row.id: row.request for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
     assert not near_duplicates(texts)
-    replies = {row.id: row.reply for row in (*REPLIES, *REQUESTS, *(row for rows in POINTS.values() for row in rows))}
-    assert not near_duplicates(replies)
+    pairs = (*REQUESTS, *(row for rows in POINTS.values() for row in rows))
+    replies = {row.id: row.reply for row in (*REPLIES, *pairs)}
+    assert not near_duplicates(replies | {f"{row.id} counter": row.counter for row in pairs if row.counter})
 
 
 # Reviews
