@@ -66,9 +66,9 @@ def topic(
         other: labels of the other topic at "minus" and "plus", along the same direction.
         random: effects of the topic along random directions of equal norm.
         shuffled: `deal_effects`.
-        looping: of the answers at both ends, as `not_looping` has them.
+        looping: of the answers at "minus" and "plus", as `not_looping` has them.
     """
-    talks = not_looping(looping)
+    talks = {end: not_looping({end: loops}) for end, loops in looping.items()}
     own, of_other = (steering_effect(a["minus"], a["plus"]) for a in (at, other))
     by_chance = mean_estimate(random)
     meaningless = Control(
@@ -83,14 +83,16 @@ def topic(
         Measurement(
             f"weights.{name}-minus-raises",
             mean_estimate(steering_effect(at["minus"], at["finetuned"]), seeds=seeds),
-            [talks, meaningless],
+            [talks["minus"], meaningless],
         ),
         Measurement(
             f"weights.{name}-plus-lowers",
             mean_estimate(steering_effect(at["finetuned"], at["plus"]), seeds=seeds),
-            [talks, meaningless],
+            [talks["plus"], meaningless],
         ),
-        Measurement(f"weights.{name}-specific", mean_estimate(own - of_other, seeds=seeds), [talks, meaningless]),
+        Measurement(
+            f"weights.{name}-specific", mean_estimate(own - of_other, seeds=seeds), [*talks.values(), meaningless]
+        ),
         # The values that a test at 5% against the deals, moved by a constant, does not reject. The share of deals that
         # do as much would be anywhere between 0 and 1 where there is nothing.
         Measurement(f"weights.{name}-beats-shuffled", Estimate(float(beyond), float(low), float(high), dealt.size)),
