@@ -36,13 +36,16 @@ def count(hf: Any) -> None:
 
 
 def _linear(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
-    x, weight = given[0], module.weight
-    product = 2 * out.numel() * weight.shape[1]
-    LEDGER.add(product * (1 + _moves(x) + _moves(weight)))
+    count_product(out, (given[0], module.weight), 2 * out.numel() * module.weight.shape[1])
+
+
+def count_product(out: Tensor, sides: tuple[Tensor, Tensor], operations: int) -> None:
+    """Count a matrix product that gave `out`, and when gradients go back through it, those for its two sides."""
+    LEDGER.add(operations * (1 + sum(map(_moves, sides))))
     if out.requires_grad:
         # nodes of the graph, not tensors: a frozen layer's input must not be kept for this
-        sides = [get_gradient_edge(side).node for side in (x, weight) if side.requires_grad]
-        out.register_hook(lambda _: LEDGER.add(product * sum(map(_is_asked_for, sides))))
+        nodes = [get_gradient_edge(side).node for side in sides if side.requires_grad]
+        out.register_hook(lambda _: LEDGER.add(operations * sum(map(_is_asked_for, nodes))))
 
 
 def _attention(

@@ -34,6 +34,7 @@ from helpers.artifacts import Artifact, Store, default_store, file_digest
 from helpers.chat import Batch, Where, check_template, template_notes
 from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
 from helpers.flop import count
+from helpers.stacks import stack_adapters
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class LoRA:
     @property
     def alpha(self) -> int:
         return 2 * self.rank
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / self.rank**0.5
 
 
 @dataclass
@@ -174,6 +180,7 @@ def load(
     dtype: str = "auto",
     finetuned: Sequence[Artifact] = (),
     lora: LoRA | None = None,
+    stack: Sequence[Mapping[str, Tensor]] = (),
     weights: Literal["trainable", "frozen", "cast"] = "trainable",
     layer: int | None = None,
 ) -> Model:
@@ -184,6 +191,8 @@ def load(
     `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless `weights` are
     "frozen": then they may be shared with other loads, which saves their memory. "cast" is frozen too, and holds the
     weights in the compute precision to which every pass under `Model.autocast` casts them; no pass runs outside it.
+    `stack` takes the place of `lora`: the factors of several runs, whose rows of a batch follow one another
+    (`stacks.StackedLinear`).
     `layer`, if given, is checked against the model's configuration before any weight is read.
 
     Raises `ValueError` for a device that is not there, a model that is unknown or that the book cannot work with, a
@@ -193,12 +202,17 @@ def load(
     _keep_freed_memory()
     gc.collect()  # a bridge and its model refer to each other: without this, models no longer used would pile up
     frozen = weights != "trainable"
-    hf, tokenizer, digest = _plain(name, layer, shared=(frozen or lora is not None) and not finetuned)
+    adapted = lora is not None or bool(stack)
+    hf, tokenizer, digest = _plain(name, layer, shared=(frozen or adapted) and not finetuned)
     for run in finetuned:
         hf = _apply(hf, run.tensors)
     digest = finetuned_digest(digest, [run.key for run in finetuned])
     trained = {} if frozen else _trained_shapes(hf, lora.rank if lora else None)
-    if lora is not None:
+    if stack:
+        trained = {} if frozen else {n: torch.Size((len(stack), *f.shape)) for n, f in stack[0].items()}
+        rank = next(factor.shape[0] for n, factor in stack[0].items() if ".lora_A." in n)
+        stack_adapters(hf, stack, LoRA(rank).scale)
+    elif lora is not None:
         hf = _attach(hf, lora)
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
     if frozen:
@@ -208,7 +222,7 @@ def load(
             p.data = p.data.to(precision)
     from transformer_lens.model_bridge import TransformerBridge
 
-    inner = hf.base_model.model if lora is not None else hf
+    inner = hf.base_model.model if lora is not None and not stack else hf
     bridge = TransformerBridge.boot_transformers(
         inner.config._name_or_path or name, hf_model=inner, tokenizer=tokenizer
     )
@@ -493,7 +507,7 @@ def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
         for name, parameter in hf.named_parameters():
             parameter.copy_(tensors[name])
         return hf
-    scale = LoRA(rank).alpha / rank**0.5
+    scale = LoRA(rank).scale
     for name, weight in _adapted(hf).items():
         a, b = (tensors[f"{name}.lora_{factor}.default.weight"].to(weight) for factor in "AB")
         weight.addmm_(b, a, alpha=scale)

@@ -1,4 +1,4 @@
-"""One finetuning loop: batches in, interventions on, trained tensors out.
+"""The finetuning loop, of one run or of a stack of runs: batches in, interventions on, trained tensors out.
 
 The loss is the mean over a batch's response tokens. Interventions (steering, gradient editing, recorders) are on for
 the whole run and gone afterwards. `extra_loss` adds a term computed from the same model and batch.
@@ -6,6 +6,7 @@ the whole run and gone afterwards. `extra_loss` adds a term computed from the sa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,120 @@ def finetune(
         for p in parameters:
             p.grad = None
     return TrainingLog(tuple(losses), tokens, time.perf_counter() - start)
+
+
+def finetune_stack(
+    model: Model,
+    training_batches: Sequence[Iterable[Batch]],
+    *,
+    steps: Sequence[int],
+    learning_rates: Sequence[float],
+    interventions: Sequence[Intervention] = (),
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    label: str = "finetuning",
+) -> list[TrainingLog]:
+    """Train the runs of a stack (`load(..., stack=...)`) side by side: `finetune` for each, in one pass a step.
+
+    Every run has batches, a number of steps and a peak rate of its own. While interventions run, a row's place in the
+    batch (`Batch.rows`) is the number of its run, so that `SteerRows` gives every run a vector of its own, or zero.
+    A run that is done is left as it is. Seconds are those of the whole stack.
+
+    Raises `ValueError` if there is not one of everything for each run, or a loss stops being finite.
+    """
+    parameters = [p for p in model.hf.parameters() if p.requires_grad]
+    runs = len(parameters[0]) if parameters else 0
+    if not len(training_batches) == len(steps) == len(learning_rates) == runs:
+        raise ValueError(
+            f"The stack has {runs} runs, and was given {len(training_batches)} lists of batches, {len(steps)} numbers "
+            f"of steps and {len(learning_rates)} learning rates; give each run one."
+        )
+    peak, todo = max(learning_rates), [iter(batches) for batches in training_batches]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=weight_decay, fused=True)
+    losses: list[list[float]] = [[] for _ in todo]
+    tokens, start = [0] * runs, time.perf_counter()
+    model.hf.train()
+    try:
+        with (
+            applied(model, *interventions),
+            model.weights_in(model.dtype, only_frozen_linear=True),
+            progress(max(steps), label) as bar,
+        ):
+            for step in range(max(steps)):
+                parts = [next(todo[k]) if step < steps[k] else None for k in range(runs)]
+                batch = side_by_side(parts, model.tokenizer.pad_token_id).to(model.device)
+                with model.reading(batch):
+                    each, rows = token_losses(model, batch)
+                    of_run = torch.tensor(batch.rows, device=model.device)[rows]
+                    means = each.new_zeros(runs).index_add(0, of_run, each)
+                    means = means / torch.bincount(of_run, minlength=runs).clamp(min=1)
+                    for k, (part, loss) in enumerate(zip(parts, means.tolist(), strict=True)):
+                        if part is not None:
+                            losses[k].append(loss)
+                            tokens[k] += int(part.attention.sum())
+                            if not math.isfinite(loss):
+                                raise ValueError(
+                                    f"The loss of run {k} is not finite at step {step + 1}; lower its learning rate "
+                                    "or its steering coefficient."
+                                )
+                    means.sum().backward()
+                _clip_each(parameters, clip)
+                shares = [
+                    learning_rates[k] / peak * rate(step, steps[k], warmup) if step < steps[k] else 0.0
+                    for k in range(runs)
+                ]
+                _step_each(optimizer, parameters, shares)
+                bar.set_postfix_str(f"loss {mean(run[-1] for run in losses):.2f}", refresh=False)
+                bar.update()
+    finally:
+        model.hf.eval()
+        for p in parameters:
+            p.grad = None
+    seconds = time.perf_counter() - start
+    return [TrainingLog(tuple(run), count, seconds) for run, count in zip(losses, tokens, strict=True)]
+
+
+def side_by_side(parts: Sequence[Batch | None], pad_id: int) -> Batch:
+    """The batches of several runs in one, run after run, all padded to one shape; a row's place is its run's number.
+
+    A run that has fewer rows than another, or none, is filled up with rows that have no response, and so no loss.
+    """
+    there = [part for part in parts if part is not None]
+    count, length = (max(part.ids.shape[axis] for part in there) for axis in (0, 1))
+
+    def padded(part: Batch | None, of: Callable[[Batch], Tensor], filler: int) -> Tensor:
+        known = there[0] if part is None else part
+        wide = torch.nn.functional.pad(of(known), (0, length - known.ids.shape[1]), value=filler)
+        return torch.cat([wide, wide[:1].expand(count - len(wide), -1)]) if len(wide) < count else wide[:count]
+
+    real = torch.cat([torch.arange(count) < (0 if part is None else len(part.rows)) for part in parts])
+    return Batch(
+        torch.cat([padded(part, lambda b: b.ids, pad_id) for part in parts]),
+        torch.cat([padded(part, lambda b: b.attention, 0) for part in parts]),
+        torch.cat([padded(part, lambda b: b.response, 0) for part in parts]) & real[:, None],
+        tuple(k for k in range(len(parts)) for _ in range(count)),
+    )
+
+
+def _clip_each(parameters: Sequence[Tensor], most: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_`, for each run of a stack by its own norm."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # [tensor, run] -> [run]
+    shares = (most / (norms + 1e-6)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(shares.view(-1, 1, 1))
+
+
+@torch.no_grad()
+def _step_each(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], shares: Sequence[float]) -> None:
+    """An AdamW step in which run k goes `shares[k]` of the way: a step is linear in the rate."""
+    before = [p.detach().clone() for p in parameters]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    moved = torch.tensor(shares, device=parameters[0].device, dtype=parameters[0].dtype).view(-1, 1, 1)
+    for p, old in zip(parameters, before, strict=True):
+        p.copy_(torch.where(moved == 0, old, old + moved * (p - old)))
 
 
 def final_loss(losses: Sequence[float], last: int = 3) -> float:

@@ -23,7 +23,7 @@ LAYERS = {
         "checking",
         "embedded",
     ],
-    "models": ["flop", "models", "interventions", "probes", "judges"],
+    "models": ["flop", "stacks", "models", "interventions", "probes", "judges"],
     "running": ["forward", "losses", "generation", "gradients", "activations", "training"],
     "studies": ["studies"],
     "chapters": ["chapters"],
