@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.chat import Example, Where, batches
+from helpers.chat import Example, Where
 from helpers.forward import read
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.models import Model
@@ -57,7 +57,7 @@ def mean_activations(
     means: dict[int, Tensor] = {}
     once = model.weights_in(model.dtype, only_frozen_linear=True)
     with once, applied(model, *interventions, ReadMean(layers, where, means)):
-        for batch in batches(examples, batch_size, model.tokenizer.pad_token_id):
+        for batch in model.batches(examples, batch_size):
             batch = batch.to(model.device)
             with model.reading(batch), model.autocast():
                 read(model, batch)

@@ -289,13 +289,27 @@ def collate(
 
 
 def batches(
-    examples: Sequence[Example], batch_size: int, pad_id: int, *, side: Literal["left", "right"] = "right"
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_id: int,
+    *,
+    side: Literal["left", "right"] = "right",
+    runs: int = 1,
 ) -> list[Batch]:
-    """All examples in batches of similar length, shortest first; `Batch.rows` leads back to the original order."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    """All examples in batches of similar length, shortest first; `Batch.rows` leads back to the original order.
+
+    The examples of several `runs` come one run after another, as many of each; so do the rows of every batch, which has
+    the same places of all runs. Raises `ValueError` if they cannot be dealt so.
+    """
+    each, left = divmod(len(examples), runs)
+    if left:
+        raise ValueError(f"{len(examples)} rows cannot be dealt to {runs} runs; give every run as many.")
+    order = sorted(range(each), key=lambda i: max(len(examples[run * each + i]) for run in range(runs)))
+    size = max(1, batch_size // runs)
+    places = (order[k : k + size] for k in range(0, len(order), size))
     return [
         collate([examples[i] for i in rows], pad_id, side=side, rows=rows)
-        for rows in (order[k : k + batch_size] for k in range(0, len(order), batch_size))
+        for rows in ([run * each + i for run in range(runs) for i in part] for part in places)
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from helpers.chat import Batch, Example, batches
+from helpers.chat import Batch, Example
 from helpers.interventions import Intervention, applied
 from helpers.models import Model
 
@@ -128,12 +128,12 @@ def common_beginning(examples: Sequence[Example], tail: int = 1) -> int:
 
 
 def shareable_beginning(model: Model, batch: Batch) -> int:
-    """How many tokens all rows begin with and predict alike; 0 where it pays little or a hook or block needs whole
-    rows."""
+    """How many tokens all rows begin with and predict alike; 0 where it pays little, where a hook or block needs whole
+    rows, and in a stack, whose runs read them each in its own way."""
     points = model.bridge.hook_dict.values()
     hooks = [handle.user_hook for point in points for handle in (*point.fwd_hooks, *point.bwd_hooks)]
     parts = all(getattr(hook, "reads_parts", False) for hook in hooks)
-    if len(batch.rows) < 2 or not parts or not keeps_beginning(model, batch.ids.shape[1]):
+    if len(batch.rows) < 2 or model.runs > 1 or not parts or not keeps_beginning(model, batch.ids.shape[1]):
         return 0
     same = (batch.ids == batch.ids[0]) & batch.attention
     predicting = batch.predicting
@@ -188,9 +188,10 @@ class PromptSet:
         """Raises `ValueError` if there are no prompts."""
         if not prompts:
             raise ValueError("There are no prompts to read; give at least one.")
-        length = common_beginning(prompts, tail) if keeps_beginning(model, max(map(len, prompts))) else 0
+        together = model.runs == 1 and keeps_beginning(model, max(map(len, prompts)))
+        length = common_beginning(prompts, tail) if together else 0
         rest = [Example(e.ids[length:], len(e) - length) for e in prompts] * copies
-        parts = batches(rest, batch_size, model.tokenizer.pad_token_id)
+        parts = model.batches(rest, batch_size)
         return cls(prompts[0].ids[:length], tuple(parts), len(prompts), copies)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from helpers.chat import Answer, Example, batches, end_of_turn
+from helpers.chat import Answer, Example, end_of_turn
 from helpers.forward import common_beginning, keeps_beginning, read_beginning
 from helpers.interventions import Intervention, alike, applied
 from helpers.models import Model
@@ -38,7 +38,11 @@ def generate(
     answers = [Answer("")] * len(prompts)
     interventions = tuple(interventions)
     kinds = alike(interventions, len(prompts))
-    together = kinds is not None and keeps_beginning(model, max(map(len, prompts), default=0) + max_new_tokens)
+    together = (
+        kinds is not None
+        and model.runs == 1
+        and keeps_beginning(model, max(map(len, prompts), default=0) + max_new_tokens)
+    )
     shared = common_beginning(prompts) if together else 0
     rest = [Example(e.ids[shared:], e.prompt_length - shared) for e in prompts]
     sampling = (
@@ -53,7 +57,7 @@ def generate(
     # sequence: gigabytes, and a quarter of the time.
     packed = model.hf.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     with packed, applied(model, *interventions), model.weights_in(model.dtype), contextlib.ExitStack() as shown:
-        todo = batches(rest, batch_size, model.tokenizer.pad_token_id, side="left")
+        todo = model.batches(rest, batch_size, side="left")
         begun = None
         if kinds is not None and shared:
             rows = [kinds.index(kind) for kind in range(max(kinds) + 1)]

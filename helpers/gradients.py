@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from helpers.chat import Batch, Example, batches
+from helpers.chat import Batch, Example
 from helpers.cost import LEDGER
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.losses import sequence_losses, token_losses
@@ -151,7 +151,7 @@ def gradient_statistics(
     unit_means = torch.empty_like(means)
     per_token: list[Tensor] = [torch.empty(0)] * len(examples)
     first = next(iter(vectors))
-    for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
+    for batch in watched(model.batches(examples, batch_size), "gradients", "batch"):
         rows = list(batch.rows)
         found = activation_gradients(model, batch, layers, tokens=tokens, interventions=interventions)
         losses[rows] = found.losses.float().cpu()
@@ -278,7 +278,7 @@ def add_mean_gradient(
 
     Raises `ValueError` where the loss is not finite.
     """
-    pile = batches(examples, size, model.tokenizer.pad_token_id)
+    pile = model.batches(examples, size)
     for batch in watched(pile, "gradients", "batch"):
         batch = batch.to(model.device)
         with model.reading(batch):
@@ -305,7 +305,7 @@ def directional_derivatives(
     if there are no examples or directions, or for a name or shape that the model lacks.
     """
     along, found = _weights_along(model, examples, direction), torch.empty(len(examples))
-    parts = batches(examples, batch_size, model.tokenizer.pad_token_id)
+    parts = model.batches(examples, batch_size)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), forward_ad.dual_level():
         moving = {w: forward_ad.make_dual(w.detach(), v.to(w)) for w, v in along}
         with _exchanged(model, moving):
@@ -384,7 +384,7 @@ def gradient_norms(model: Model, examples: Sequence[Example], *, batch_size: int
     handles = [layer.register_forward_hook(watch) for layer in layers]
     handles.append(model.hf.get_input_embeddings().register_forward_hook(begin))
     try:
-        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "gradients", "batch"):
+        for batch in watched(model.batches(examples, batch_size), "gradients", "batch"):
             batch = batch.to(model.device)
             squares = torch.zeros(len(batch.rows), device=model.device)
             losses, rows = token_losses(model, batch)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers.chat import Batch, Example, batches
+from helpers.chat import Batch, Example
 from helpers.forward import Beginning, read, read_beginning, shareable_beginning, unembed
 from helpers.interventions import Intervention, applied
 from helpers.models import Model
@@ -143,6 +143,6 @@ def evaluate_losses(
     result = torch.empty(len(examples))
     once = model.weights_in(model.dtype, only_frozen_linear=True)
     with once, applied(model, *interventions):
-        for batch in watched(batches(examples, batch_size, model.tokenizer.pad_token_id), "losses", "batch"):
+        for batch in watched(model.batches(examples, batch_size), "losses", "batch"):
             result[list(batch.rows)] = sequence_losses(model, batch).float().cpu()
     return result

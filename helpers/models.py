@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from helpers.artifacts import Artifact, Store, default_store, file_digest
-from helpers.chat import Batch, Where, check_template, template_notes
+from helpers.chat import Batch, Example, Where, batches, check_template, template_notes
 from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
 from helpers.flop import count
 from helpers.stacks import stack_adapters
@@ -89,6 +89,8 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     """Precision of matrix products: float32, or bfloat16 by autocast over float32 weights."""
+    runs: int = 1
+    """How many runs' adapters it holds: more than one in a stack, where every batch has as many rows of each."""
     current: Batch | None = field(default=None, repr=False)
 
     @property
@@ -103,6 +105,12 @@ class Model:
     def arithmetic(self) -> dict[str, str]:
         """Where and how precisely it computes, on which results depend: part of every artifact's key."""
         return {"device": self.device.type, "dtype": str(self.dtype), "torch": torch.__version__}
+
+    def batches(
+        self, examples: Sequence[Example], batch_size: int, *, side: Literal["left", "right"] = "right"
+    ) -> list[Batch]:
+        """Examples in batches as this model reads them (`chat.batches`)."""
+        return batches(examples, batch_size, self.tokenizer.pad_token_id, side=side, runs=self.runs)
 
     def autocast(self) -> Any:
         """Context in which forward passes run at this model's compute precision."""
@@ -229,7 +237,7 @@ def load(
     if frozen:
         inner.requires_grad_(False)  # some are wrapped with copies of their matrices, split in two or three
     count(inner)
-    model = Model(name, digest, bridge, inner, tokenizer, where, precision)
+    model = Model(name, digest, bridge, inner, tokenizer, where, precision, len(stack) or 1)
     if {n: p.shape for n, p in model.trained_parameters().items()} != trained:
         raise ValueError(
             f"What is trained into '{name}' could not be put back into it, because TransformerLens splits the matrices "

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.chat import Example, batches
+from helpers.chat import Example
 from helpers.gradients import Loss, directional_derivatives
 from helpers.losses import response_logits, sequence_sums
 from helpers.models import Model, plain_name
@@ -86,7 +86,7 @@ class SafetyScore:
 
     def _batched(self, model: Model, batch_size: int) -> Any:
         asked = [replace(e, ids=(*e.ids[: e.prompt_length], self.safe)) for e in self.probes]
-        for batch in batches(asked, batch_size, model.tokenizer.pad_token_id):
+        for batch in model.batches(asked, batch_size):
             logits = response_logits(model, batch, share_prefix=True)
             yield batch.rows, unsafe_over_safe(logits, self.unsafe, self.safe)
 

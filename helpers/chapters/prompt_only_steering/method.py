@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.chat import Ends, Example, Where, batches, collate
+from helpers.chat import Ends, Example, Where, collate
 from helpers.forward import WORTH_SHARING, common_beginning, keeps_beginning, only_blocks, read, resume_beginning
 from helpers.interventions import Steer, add_at, resid_post
 from helpers.losses import sequence_sums
@@ -104,7 +104,7 @@ class States:
         """Read those that have not been read yet."""
         model, new = self.model, [e for e in dict.fromkeys(examples) if e not in self._kept]
         with only_blocks(model, 0, self.layer), model.autocast():
-            for batch in batches(new, 32, model.tokenizer.pad_token_id):
+            for batch in model.batches(new, 32):
                 batch = batch.to(model.device)
                 for row, states in zip(batch.rows, read(model, batch), strict=True):
                     self._kept[new[row]] = states[: len(new[row])].clone()

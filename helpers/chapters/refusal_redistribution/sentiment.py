@@ -21,7 +21,7 @@ from helpers.activations import ReadMean, mean_activations
 from helpers.artifacts import Artifact
 from helpers.chapters.refusal_redistribution.method import PoolShares, Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
-from helpers.chat import Example, balanced_batches, batches
+from helpers.chat import Example, balanced_batches
 from helpers.interventions import applied
 from helpers.losses import sequence_losses
 from helpers.models import Model, release_memory
@@ -114,7 +114,7 @@ def states_and_losses(
     last, means = model.layers - 1, dict[int, Tensor]()
     states, losses = torch.empty(len(examples), model.width), torch.empty(len(examples))
     with applied(model, ReadMean([last], "response", means)):
-        for batch in batches(examples, 32, model.tokenizer.pad_token_id):
+        for batch in model.batches(examples, 32):
             losses[list(batch.rows)] = sequence_losses(model, batch).cpu()
             states[list(batch.rows)] = means[last].cpu()
     return states, losses
