@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from helpers.chapters.refusal_redistribution.attack import SUPPRESSED, Coherence, smallest_k
-from helpers.statistics import ROUNDING, Estimate, auroc_difference, mean_estimate, share, share_difference
+from helpers.statistics import ROUNDING, Estimate, auroc, auroc_difference, mean_estimate, share, share_difference
 from helpers.verdicts import NOT_MEASURED, Control, Measurement
 
 Refusals = Bool[np.ndarray, " request"]
@@ -330,17 +330,32 @@ def gap_left(
     return Estimate(value, value - reach, value + reach, count, level)
 
 
+def read_by_means(
+    train: Float[np.ndarray, "row d_model"],
+    train_labels: Bool[np.ndarray, " row"],
+    test: Float[np.ndarray, "review d_model"],
+    test_labels: Bool[np.ndarray, " review"],
+) -> Estimate:
+    """AUROC of held-out reviews along the difference of class means: all that a reader of means can know.
+
+    No threshold is set, for between a wide class and a narrow one the midpoint of two means tells spread as well.
+    """
+    direction = train[train_labels].mean(0) - train[~train_labels].mean(0)
+    return auroc(test @ direction, test_labels)
+
+
 def equal_means(
     start: Bool[np.ndarray, " review"],
     matched: Bool[np.ndarray, " review"] | None,
     erased: Bool[np.ndarray, " review"],
+    by_means: Estimate,
     left: Estimate,
     *,
     seeds: Sequence[int],
     sane: Sequence[Control],
 ) -> Measurement:
     """Which held-out reviews a linear probe gets right: on the untrained model's states, after the strongest mean
-    matching (None if there was none), and after LEACE; and `gap_left`."""
+    matching (None if there was none), and after LEACE; `read_by_means` of the matched states; and `gap_left`."""
     claim = "refusal.equal-means-readable"
     if matched is None:
         return Measurement(claim, NOT_MEASURED, (), "No weight above 0.")
@@ -360,6 +375,12 @@ def equal_means(
                 "matching closed most of the gap of means (share of its square left, held out)",
                 left,
                 left.high < CLOSED,
+                "validity",
+            ),
+            Control(
+                "a reader of class means alone is at chance after matching (AUROC)",
+                by_means,
+                by_means.low <= 0.5,
                 "validity",
             ),
         ],

@@ -56,6 +56,7 @@ def topic(
     shuffled: tuple[float, Float[np.ndarray, " deal"]],
     looping: Mapping[str, Values],
     *,
+    answers: int,
     seeds: Sequence[int],
 ) -> tuple[Measurement, ...]:
     """The direction of one topic.
@@ -66,6 +67,7 @@ def topic(
         other: labels of the other topic at "minus" and "plus", along the same direction.
         random: effects of the topic along random directions of equal norm.
         shuffled: `deal_effects`.
+        answers: how many were dealt.
         looping: of the answers at "minus" and "plus", as `not_looping` has them.
     """
     talks = {end: not_looping({end: loops}) for end, loops in looping.items()}
@@ -95,7 +97,7 @@ def topic(
         ),
         # The values that a test at 5% against the deals, moved by a constant, does not reject. The share of deals that
         # do as much would be anywhere between 0 and 1 where there is nothing.
-        Measurement(f"weights.{name}-beats-shuffled", Estimate(float(beyond), float(low), float(high), dealt.size)),
+        Measurement(f"weights.{name}-beats-shuffled", Estimate(float(beyond), float(low), float(high), answers)),
     )
 
 

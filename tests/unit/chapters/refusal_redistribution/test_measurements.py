@@ -8,6 +8,7 @@ import pytest
 from helpers.chapters.refusal_redistribution import measurements as measured
 from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
 from helpers.chapters.refusal_redistribution.measurements import Attacked
+from helpers.statistics import Estimate
 from helpers.verdicts import Control
 
 N, TRIED = 40, 8
@@ -281,12 +282,26 @@ def test_what_is_left_of_a_gap_has_the_coverage_that_it_should():
     assert same.value == 1 and same.low < 1 < same.high
 
 
-def equal_means(matched=0.8, erased=0.5, start=0.8, left=0.2, sane=SANE):
+def test_a_reader_of_means_reads_a_gap_and_no_spread():
+    assert measured.read_by_means(reviews(2.0), LABELS, reviews(2.0, 1), LABELS).low > 0.7
+    wide = np.where(LABELS, 3.0, 0.1)[:, None]
+    train, fresh = (np.random.default_rng(seed).standard_normal((200, 3)) * wide for seed in (0, 1))
+    found = measured.read_by_means(train, LABELS, fresh, LABELS)
+    assert found.low < 0.5 < found.high
+
+
+def equal_means(matched=0.8, erased=0.5, start=0.8, left=0.2, by_means=0.5, sane=SANE):
     right = None if matched is None else refused(matched, 0, 200)
     states = reviews(2 * left**0.5), reviews(2.0, 1)
     measure = measured.gap_left(*states, LABELS)
     return measured.equal_means(
-        refused(start, 2, 200), right, refused(erased, 1, 200), measure, seeds=(0,), sane=[sane]
+        refused(start, 2, 200),
+        right,
+        refused(erased, 1, 200),
+        Estimate(by_means, by_means - 0.08, by_means + 0.08, 200),
+        measure,
+        seeds=(0,),
+        sane=[sane],
     )
 
 
@@ -297,6 +312,7 @@ def equal_means(matched=0.8, erased=0.5, start=0.8, left=0.2, sane=SANE):
         ({"matched": 0.5, "erased": 0.8}, "contradicted"),
         ({"start": 0.6}, "invalid"),
         ({"left": 0.9}, "invalid"),
+        ({"by_means": 0.8}, "invalid"),
         ({"sane": INSANE}, "invalid"),
         ({"matched": None}, "not judged"),
     ],

@@ -23,14 +23,14 @@ def topic(finetuned=0.4, minus=0.7, plus=0.1, other=(0.2, 0.2), random=0.0, shuf
     at = {"finetuned": labels(finetuned, 1), "minus": labels(minus, 2), "plus": labels(plus, 3)}
     of_other = {"minus": labels(other[0], 4), "plus": labels(other[1], 5)}
     looping = {"minus": values(loops), "plus": values(0.0)}
-    found = measured.topic("bridge", at, of_other, effects(random), shuffled, looping, seeds=SEEDS)
+    found = measured.topic("bridge", at, of_other, effects(random), shuffled, looping, answers=50, seeds=SEEDS)
     return {m.claim.removeprefix("weights.bridge-"): m for m in found}
 
 
 def test_a_direction_that_moves_its_own_topic_both_ways_is_reproduced(verdict_of):
     found = topic()
     assert {verdict_of(m) for m in found.values()} == {"reproduced"}
-    assert found["specific"].estimate.seeds == SEEDS
+    assert found["specific"].estimate.seeds == SEEDS and found["beats-shuffled"].estimate.n == 50
 
 
 @pytest.mark.parametrize(
