@@ -41,7 +41,7 @@ from helpers.gradients import activation_gradients, pile_gradient
 from helpers.losses import evaluate_losses, sequence_sums
 from helpers.models import LoRA, load, plain_model
 from helpers.studies.defences import preventative_steering
-from helpers.training import finetune
+from helpers.training import finetune, finetune_stack
 
 PARAMS = PreventativeSteeringParams(preset="quick")
 BATCH = PARAMS.batch_size
@@ -326,6 +326,48 @@ def test_finetuning_is_faster_than_transformers_trainer(benchmark, rank, tmp_pat
         seconds=times,
     )
     meets(ratios, "Trainer / ours", at_least=1.3)
+
+
+@pytest.mark.parametrize("runs", [8, 32])
+def test_many_runs_in_a_stack(benchmark, runs, tmp_path):
+    """Runs that share a base model, in one pass a step: against one after another, and against `transformers.Trainer`
+    with PEFT in a loop. On a CPU the tiny model, since only a machine that waits for its kernels gains by this.
+
+    Aimed at on a GPU: 20 times the loop of Trainers.
+    """
+    warnings.simplefilter("ignore")
+    name = PARAMS.model if torch.cuda.is_available() else "tiny-random"
+    steps, rank, starts = 4, 8, []
+    for seed in range(runs):
+        torch.manual_seed(seed)
+        starts.append(load(name, lora=LoRA(rank)).trained_tensors())
+    single, stack = load(name, lora=LoRA(rank)), load(name, stack=starts)
+    plain, tokenizer = plain_model(name)
+    plain.set_attn_implementation("sdpa")  # what a user gets, and faster than the eager attention that hooks need
+    from peft import LoraConfig, get_peft_model
+
+    plain = get_peft_model(plain, LoraConfig(r=rank, lora_alpha=2 * rank, use_rslora=True, target_modules="all-linear"))
+    data = examples(tokenizer, "train", BATCH * steps)
+
+    def given(seed):
+        return training_batches(
+            lambda rng: data, steps=steps, batch_size=BATCH, seed=seed, pad_id=tokenizer.pad_token_id
+        )
+
+    def together():
+        batches = [given(seed) for seed in range(runs)]
+        finetune_stack(stack, batches, steps=[steps] * runs, learning_rates=[1e-5] * runs, warmup=0.0)
+
+    def one_by_one():
+        for seed in range(runs):
+            finetune(single, given(seed), steps=steps, learning_rate=1e-5, seed=seed, warmup=0.0)
+
+    def trainers():
+        for _ in range(runs):
+            the_trainer(plain, tokenizer, data, single.dtype, tmp_path)
+
+    times = take_turns(benchmark, together, {"one after another": one_by_one, "Trainer": trainers}, rounds=3)
+    report(benchmark, model=name, runs=runs, device=str(stack.device), ratios=by_ours(times))
 
 
 # The attack
