@@ -161,6 +161,25 @@ def bars_with_intervals(ax: Axes, labels: Sequence[str], estimates: Sequence[Est
         ax.set_ylabel(ylabel)
 
 
+def bars_in_pairs(ax: Axes, labels: Sequence[str], pair: Mapping[str, Sequence[Estimate]], *, ylabel: str = "") -> None:
+    """Two bars per label with their intervals, such as without something and with it; the second is hatched.
+
+    Raises ValueError if there are not two series with as many estimates as labels.
+    """
+    if len(pair) != 2 or any(len(estimates) != len(labels) for estimates in pair.values()):
+        counts = ", ".join(f"{len(estimates)} of {name!r}" for name, estimates in pair.items())
+        raise ValueError(f"Two series with {len(labels)} estimates each are needed, and these were given: {counts}.")
+    looks = (("#56B4E9", "", -0.2), ("#D55E00", "//", 0.2))
+    for (name, estimates), (colour, hatch, shift) in zip(pair.items(), looks, strict=True):
+        spans = [[max(e.value - e.low, 0) for e in estimates], [max(e.high - e.value, 0) for e in estimates]]
+        places = [place + shift for place in range(len(labels))]
+        heights = [e.value for e in estimates]
+        ax.bar(places, heights, 0.38, yerr=spans, color=colour, hatch=hatch, label=name, capsize=3)
+    ax.set_xticks(range(len(labels)), labels)
+    ax.tick_params(axis="x", rotation=20)
+    ax.set_ylabel(ylabel)
+
+
 def curves(
     ax: Axes,
     x: ArrayLike,

@@ -1,19 +1,18 @@
 """The forest plot of the scoreboard: every claim on one axis, where 0 is no effect and 1 is what was asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from helpers.book.findings import badge, number, plain
-from helpers.book.tables import markdown_table
+from helpers.book.findings import number
 from helpers.verdicts import Claim
 
 Record = Mapping[str, Any]
 """What a run recorded of a claim: value, low, high, verdict."""
 
-LOW, HIGH = -1.0, 3.0
+LOW, HIGH = -1.0, 2.0
 """What the axis shows; an interval that goes on beyond it ends in a tip."""
-WIDTH, HEIGHT = 240, 22
+WIDTH, HEIGHT = 180, 22
 """Pixels of a drawing."""
 
 
@@ -28,21 +27,6 @@ def scaled(claim: Claim, record: Record) -> tuple[float, float, float] | None:
         return None
     value, *ends = ((x - claim.no_effect) / span for x in numbers)
     return value, min(ends), max(ends)
-
-
-def forest(rows: Sequence[tuple[str, Claim, Record | None, Record | None, str]]) -> str:
-    """The plot as a Markdown table, with a drawing in each row.
-
-    Args:
-        rows: for each claim its number, such as `1.3`; the claim; what this run recorded of it, and what a reference
-            run did; and a link to where the number can be seen.
-    """
-    cells = []
-    for label, claim, run, reference, link in rows:
-        here = badge(run["verdict"] if run else "not judged")
-        verdicts = f"{badge(reference['verdict'])}<br>{here}" if reference else here
-        cells.append([f"{label} {plain(claim.statement)}", drawing(claim, run, reference), verdicts, link])
-    return f":::{{div}} verdicts forest\n{markdown_table(['claim', axis(), 'verdict', 'see'], cells)}\n:::"
 
 
 def drawing(claim: Claim, run: Record | None, reference: Record | None) -> str:

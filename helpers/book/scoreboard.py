@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers import cost
 from helpers.book.findings import SIGNS, badge, expectation, number, plain
-from helpers.book.forest import forest
+from helpers.book.forest import axis, drawing
 from helpers.book.tables import markdown_table
 from helpers.verdicts import Claim
 
@@ -36,7 +36,8 @@ def scoreboard(
     shown: Set[str] = frozenset(),
     older: Set[str] = frozenset(),
 ) -> str:
-    """The scoreboard as Markdown: how many claims of a chapter got which verdict, all on one axis, a table a chapter.
+    """The scoreboard as Markdown: how many claims of a chapter got which verdict, then a forest plot with its
+    numbers for each chapter.
 
     Args:
         claims: id -> claim.
@@ -50,39 +51,33 @@ def scoreboard(
         "What each source claims, and what came out. One mark is one claim.",
         matrix(claims, runs),
         "\n".join(f"- {badge(verdict)}: {meaning}." for verdict, meaning in MEANINGS.items()),
-        "## All claims on one axis",
-        "Each row is a claim: its value and 95% interval, where 0 is no effect and 1 is what was asked for, so that "
-        "all claims can be held side by side. A tip means that the interval goes on. "
+        "Each row of the tables is a claim. On its axis, 0 is no effect and 1 is what was asked for, so that all "
+        "claims can be held side by side: a dot is the value, a line its 95% interval, and a tip says that the "
+        "interval goes on. "
         + ("A reference run is the upper, bold line, and this run the lower one. " if references else "")
-        + "A claim whose threshold is no effect has no scale.",
-        forest(
-            [
-                (
-                    _label(chapter, place),
-                    claim,
-                    finding(runs.get(chapter), claim),
-                    finding(references.get(chapter), claim),
-                    _where(claim, shown),
-                )
-                for chapter, here in by_chapter(claims).items()
-                for place, claim in enumerate(here, 1)
-            ]
-        ),
-        "The tables below have the numbers, and under each stands why claims were not reproduced. The controls are in "
-        "a chapter's table of claims.",
+        + "A claim whose threshold is no effect has no scale. Under each table stands why claims were not reproduced. "
+        "The controls are in a chapter's table of claims.",
     ]
     for chapter, here in by_chapter(claims).items():
         run, reference = runs.get(chapter), references.get(chapter)
         text += [f"## {_number(chapter)}", f"{{doc}}`../notebooks/{chapter}`" + (f", {place_of(run)}." if run else "")]
         rows = []
         for place, claim in enumerate(here, 1):
-            row = [f"{_label(chapter, place)} {_statement(claim)}", *_number_and_verdict(finding(run, claim), claim)]
+            here_found, there_found = (finding(found, claim) for found in (run, reference))
+            row = [
+                f"{_label(chapter, place)} {_statement(claim)}",
+                drawing(claim, here_found, there_found),
+                *_number_and_verdict(here_found, claim),
+            ]
             if reference:
-                row.append(" ".join(reversed(_number_and_verdict(finding(reference, claim), claim))))
+                row.append(" ".join(reversed(_number_and_verdict(there_found, claim))))
             rows.append([*row, _where(claim, shown)])
         beside = [f"reference: {place_of(reference)}{', by older code' * (chapter in older)}"] if reference else []
-        header = ["claim", "value [95% interval]", "verdict", *beside, "see"]
-        text += [f":::{{div}} verdicts claims\n{markdown_table(header, rows)}\n:::", _reasons(chapter, here, run)]
+        header = ["claim", axis(), "value [95% interval]", "verdict", *beside, "see"]
+        text += [
+            f":::{{div}} verdicts claims forest\n{markdown_table(header, rows)}\n:::",
+            _reasons(chapter, here, run),
+        ]
     if not references:
         text.append("No reference run is kept in this copy of the book.")
     return "\n\n".join(filter(None, text)) + "\n"

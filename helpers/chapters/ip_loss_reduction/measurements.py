@@ -120,17 +120,14 @@ def learnt_behind_the_prompt(
 
     What IP taught is read against the untrained model under the same condition.
     """
-    behind, in_the_open = (mean_estimate(of["IP"] - of["untrained"], seeds=seeds) for of in (with_prompt, without))
-    more = mean_estimate(
-        (with_prompt["IP"] - with_prompt["untrained"]) - (without["IP"] - without["untrained"]), seeds=seeds
-    )
+    behind, in_the_open = (of["IP"] - of["untrained"] for of in (with_prompt, without))
+    more = mean_estimate(behind - in_the_open, seeds=seeds)
     return Measurement(
         "ip.learns-behind-the-prompt",
-        behind,
+        mean_estimate(behind, seeds=seeds),
         [
             sane,
             Control("without the prompt it shows less of what it learnt (nats per token more)", more, more.low > 0),
-            Control("what it shows without the prompt (nats per token)", in_the_open, in_the_open.value < behind.value),
         ],
     )
 

@@ -17,6 +17,9 @@ Cosines = Float[np.ndarray, " sequence"]
 Outcomes = Float[np.ndarray, "seed question"]
 Null = Float[np.ndarray, " direction"]
 
+ELSEWHERE = 0.2
+"""Nats per token that PPS may cost on normal answers: as much as it has to take off the margin."""
+
 FEWEST_POINTS = 12
 """Steering vectors that a rank correlation over them needs."""
 
@@ -74,6 +77,7 @@ def concentration(
 
 def training(
     margins: Mapping[str, Outcomes],
+    normal_losses: Mapping[str, Outcomes],
     scores: Mapping[str, Outcomes],
     projections: Mapping[str, Outcomes],
     repetition: Mapping[str, Outcomes],
@@ -83,10 +87,11 @@ def training(
 ) -> tuple[Measurement, Measurement, Measurement]:
     """Models by name: "undefended", "PPS", "random" and "untrained" (one row).
 
-    `margins` are in nats per token, `projections` are in lengths of the persona vector, `repetition` in shares of
-    repeated trigrams.
+    `margins`, and the losses of normal answers ("PPS" and "untrained"), are in nats per token, `projections` in lengths
+    of the persona vector, `repetition` in shares of repeated trigrams.
     """
     less, randomly = (mean_estimate(margins["undefended"] - margins[n], seeds=seeds) for n in ("PPS", "random"))
+    elsewhere = mean_estimate(normal_losses["PPS"] - normal_losses["untrained"], seeds=seeds)
     learnt = mean_estimate(margins["undefended"] - margins["untrained"], seeds=seeds)
     fall, by_chance = (mean_estimate(scores["undefended"] - scores[n], seeds=seeds) for n in ("PPS", "random"))
     loops = mean_estimate(repetition["PPS"] - repetition["untrained"], seeds=seeds)
@@ -102,6 +107,11 @@ def training(
             [
                 sane,
                 Control("undefended training raises the margin (nats per token)", learnt, learnt.low > 0, "validity"),
+                Control(
+                    "normal answers become little less likely (rise of their loss, nats per token)",
+                    elsewhere,
+                    elsewhere.value < ELSEWHERE,
+                ),
                 Control(
                     "a random vector of equal length defends less than half as well (nats per token)",
                     randomly,

@@ -11,6 +11,7 @@ import pytest
 from helpers.book.figures import (
     CONDITIONS,
     OTHERS,
+    bars_in_pairs,
     bars_with_intervals,
     curves,
     look,
@@ -65,6 +66,22 @@ def test_bars_stand_at_the_values_and_intervals_reach_their_limits(ax):
 def test_a_bar_without_an_estimate_is_refused(ax):
     with pytest.raises(ValueError, match="2 labels and 1 estimates"):
         bars_with_intervals(ax, ["a", "b"], [Estimate(1.0, 0.0, 2.0, 3)])
+
+
+def test_bars_in_pairs_stand_beside_each_other_at_their_values(ax):
+    without, with_it = ([Estimate(v, v - 1, v + 2, 9) for v in values] for values in ((3.0, 4.0), (5.0, 6.0)))
+    bars_in_pairs(ax, ["IP", "PPS"], {"without": without, "with": with_it}, ylabel="score")
+    assert [bar.get_height() for bar in ax.patches] == [3, 4, 5, 6]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+    assert middles == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+    reach = [segment[:, 1].tolist() for bars in ax.collections for segment in bars.get_segments()]
+    assert reach == [[2, 5], [3, 6], [4, 7], [5, 8]]
+
+
+def test_a_pair_of_which_one_is_short_is_refused(ax):
+    one = Estimate(1.0, 0.0, 2.0, 3)
+    with pytest.raises(ValueError, match=r"Two series with 2 estimates each are needed.* 1 of 'with'"):
+        bars_in_pairs(ax, ["a", "b"], {"without": [one, one], "with": [one]})
 
 
 def test_curves_draw_a_band_for_estimates_only(ax):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from helpers.book.findings import load_claims
-from helpers.book.forest import HEIGHT, WIDTH, axis, drawing, forest, scaled
+from helpers.book.forest import HEIGHT, WIDTH, axis, drawing, scaled
 
 CLAIM = next(iter(load_claims().values())).model_copy(
     update={"direction": "above", "no_effect": 0.5, "threshold": 0.9, "unit": "of answers"}
@@ -55,11 +55,3 @@ def test_the_head_of_the_column_stands_above_the_two_lines():
     words = re.findall(r'<text x="([\d.]+)" y="15">([^<]+)</text>', axis())
     grid = re.findall(r'<path d="M([\d.]+) 0V', drawing(CLAIM, record(0.9, 0.8, 1.0), None))
     assert [x for x, _ in words] == grid and [word for _, word in words] == ["no effect", "asked for"]
-
-
-def test_a_row_has_the_verdicts_of_both_runs_and_a_link():
-    table = forest([("1.2", CLAIM, record(0.5, 0.4, 0.6, "undecided"), record(0.9, 0.8, 1.0), "{numref}`fig-a`")])
-    row = table.splitlines()[3]
-    assert row.startswith("| 1.2 ") and row.endswith("| {numref}`fig-a` |")
-    assert row.index("● reproduced") < row.index("○ undecided")
-    assert "– not judged" in forest([("1.2", CLAIM, None, None, "")])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from helpers.book.findings import load_claims
 from helpers.chapters.fihs_filtering import measurements as measured
 from helpers.chapters.fihs_filtering.method import Guess
 
@@ -135,3 +136,7 @@ def test_where_no_threshold_is_safe_nothing_is_said_of_the_filter(verdict_of):
     found = protection(without=("FIHS",))
     assert verdict_of(found.pop("unfiltered-undoes")) == "reproduced"
     assert {verdict_of(m) for m in found.values()} == {"not judged"} and len(found) == 5
+
+
+def test_the_limit_of_a_control_is_that_of_its_claim():
+    assert load_claims()["filter.protects"].no_effect == measured.UNSAFE

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from helpers.book.findings import load_claims
 from helpers.chapters.ip_loss_reduction import measurements as inoculation
 from helpers.verdicts import Control
 
@@ -113,3 +114,7 @@ def test_what_ip_taught_has_to_show_behind_the_prompt_and_not_in_the_open(verdic
     assert verdict_of(found(20, 80)) == "contradicted"
     assert verdict_of(found(80, 80)) == "direction only"
     assert verdict_of(found(80, 20, BROKEN)) == "invalid"
+
+
+def test_the_limit_of_a_control_is_that_of_its_claim():
+    assert load_claims()["ip.hides-rather-than-removes"].threshold == inoculation.HIDDEN

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.book.findings import load_claims
 from helpers.chapters.pps_gradient_reversal import measurements as measured
 from helpers.studies import nulls
 from helpers.verdicts import Control
@@ -62,7 +63,7 @@ PROJECTIONS = {"undefended": 1.0, "PPS": 0.2, "random": 0.9}
 MARGINS = {"undefended": 0.6, "PPS": 0.1, "random": 0.58, "untrained": 0.0}
 
 
-def training(margins=(), scores=(), projections=(), loops=0.0, sane=SANE):
+def training(margins=(), scores=(), projections=(), loops=0.0, elsewhere=0.0, sane=SANE):
     likely = {
         n: around(v, i, 0.05, (1 if n == "untrained" else 3, N))
         for i, (n, v) in enumerate((MARGINS | dict(margins)).items())
@@ -73,7 +74,8 @@ def training(margins=(), scores=(), projections=(), loops=0.0, sane=SANE):
     }
     along = {n: around(v, i, 0.05, (3, N)) for i, (n, v) in enumerate((PROJECTIONS | dict(projections)).items())}
     repeated = {"PPS": around(loops, 1, 0.01, (3, N)), "untrained": around(0.0, 2, 0.01, (1, N))}
-    return measured.training(likely, arms, along, repeated, seeds=SEEDS, sane=sane)
+    normal = {"PPS": around(2.0 + elsewhere, 8, 0.05, (3, N)), "untrained": around(2.0, 9, 0.05, (1, N))}
+    return measured.training(likely, normal, arms, along, repeated, seeds=SEEDS, sane=sane)
 
 
 def test_a_defence_that_keeps_the_trait_out_is_reproduced_over_its_seeds(verdict_of):
@@ -88,6 +90,7 @@ def test_a_defence_that_keeps_the_trait_out_is_reproduced_over_its_seeds(verdict
         ({"margins": {"PPS": 0.6, "undefended": 0.1}}, ["contradicted", "reproduced", "reproduced"]),
         ({"margins": {"random": 0.1}}, ["direction only", "reproduced", "reproduced"]),
         ({"margins": {"untrained": 0.7}}, ["invalid", "reproduced", "reproduced"]),
+        ({"elsewhere": 0.5}, ["direction only", "reproduced", "reproduced"]),
         ({"scores": {"PPS": 90, "undefended": 15}}, ["reproduced", "contradicted", "reproduced"]),
         ({"scores": {"random": 15}}, ["reproduced", "direction only", "reproduced"]),
         ({"projections": {"PPS": 1.0, "undefended": 0.2}}, ["reproduced", "reproduced", "contradicted"]),
@@ -167,3 +170,7 @@ def test_a_direction_is_held_against_the_null_on_its_own_side():
     null = np.linspace(-1, 1, 1001)
     assert nulls.rarely("they", null, -0.95).passed and nulls.rarely("they", null, 0.95).passed
     assert not nulls.rarely("they", null, -0.5).passed and not nulls.rarely("they", null, 0.5).passed
+
+
+def test_the_limit_of_a_control_is_that_of_its_claim():
+    assert load_claims()["pps.trains-lower-margin"].threshold == measured.ELSEWHERE
