@@ -20,7 +20,7 @@ ifneq ($(shell { $(RUNS); } 2>/dev/null && echo yes),yes)
 .PHONY: .venv/.installed
 endif
 
-.PHONY: book test acceptance reference benchmark lint links student instructor environment clean distclean
+.PHONY: book test acceptance reference benchmark gpu lint links student instructor environment clean distclean
 
 book: .venv/.installed
 	@$(BIN)/snakemake --cores "$$CORES" --config "preset=$$PRESET"
@@ -45,6 +45,11 @@ reference: .venv/.installed
 
 benchmark: .venv/.installed
 	$(BIN)/python -m pytest --benchmark-only tests/benchmarks
+
+# On a machine with a GPU: what the book promises of one, and the benchmarks, in build/gpu.json with the device's name.
+gpu: .venv/.installed
+	@mkdir -p build
+	$(BIN)/python -m pytest tests/parity tests/gpu tests/unit/test_stacks.py tests/benchmarks --benchmark-json build/gpu.json
 
 lint: .venv/.installed
 	$(BIN)/ruff check

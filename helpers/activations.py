@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helpers.chat import Example, Where
-from helpers.forward import read
+from helpers.forward import only_blocks, read, read_beginning, shareable_beginning
 from helpers.interventions import Hook, Intervention, applied, resid_post
 from helpers.models import Model
 
@@ -33,9 +33,10 @@ class ReadMean:
         def reader(layer: int) -> Any:
             def read(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
                 assert model.current is not None
-                mask = model.current.positions(self.where)[..., None].to(torch.float32)
+                mask = model.current.positions(self.where)[:, -h.shape[1] :, None].to(torch.float32)
                 self.means[layer] = (h.float() * mask).sum(1) / mask.sum(1)
 
+            read.reads_parts = self.where == "response"  # type: ignore[attr-defined]
             return read
 
         return [(resid_post(model, layer), reader(layer)) for layer in self.layers]
@@ -56,11 +57,14 @@ def mean_activations(
     result = torch.empty(len(layers), len(examples), model.width)
     means: dict[int, Tensor] = {}
     once = model.weights_in(model.dtype, only_frozen_linear=True)
-    with once, applied(model, *interventions, ReadMean(layers, where, means)):
+    with once, applied(model, *interventions, ReadMean(layers, where, means)), only_blocks(model, 0, max(layers)):
         for batch in model.batches(examples, batch_size):
             batch = batch.to(model.device)
-            with model.reading(batch), model.autocast():
-                read(model, batch)
+            with model.autocast():
+                shared = shareable_beginning(model, batch)
+                begun = read_beginning(model, batch.ids[0, :shared].tolist()) if shared else None
+                with model.reading(batch):
+                    read(model, batch.after(shared), after=begun)
             for i, layer in enumerate(layers):
                 result[i, list(batch.rows)] = means[layer].cpu()
     return result

@@ -163,6 +163,11 @@ class Store:
         """The key that `get` stores this result under; nothing is computed or read."""
         return _digest(_inputs(stage, compute, parameters, model, data))
 
+    def has(self, stage: str, key: str) -> bool:
+        """Whether a result is there, damaged or not; nothing is read."""
+        paths = self._paths(stage, key)
+        return paths[0] in _UNSTORED or all(path.exists() for path in paths)
+
     def usage(self) -> list[Usage]:
         """What each stage takes, by name."""
         found: dict[str, list[os.stat_result]] = {}

@@ -10,6 +10,8 @@ modules and not at every operation, so that it may stay on always.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,22 +23,51 @@ from torch.autograd.graph import get_gradient_edge
 from helpers.cost import LEDGER
 
 
-def count(hf: Any) -> None:
-    """Have a model that TransformerLens has wrapped add its operations to `LEDGER`, whatever reads it."""
-    for module in hf.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(_linear)
+@dataclass(frozen=True)
+class Shapes:
+    """What decides the operations of a model's pass over given tokens."""
+
+    linear: Mapping[str, tuple[int, int]]
+    """Each linear layer -> the shape of its weight, out and in, under its name in the plain model."""
+    attention: int
+    """Heads times their width."""
+
+
+def shapes_of(hf: Any) -> Shapes:
+    """A plain model's, which may be one without weights (on torch's device "meta")."""
     config = hf.config.get_text_config()
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear = {n: (m.out_features, m.in_features) for n, m in hf.named_modules() if isinstance(m, nn.Linear)}
+    return Shapes(linear, config.num_attention_heads * wide)
+
+
+def count(hf: Any) -> None:
+    """Have a model that TransformerLens has wrapped add its operations to `LEDGER`, whatever reads it.
+
+    A model that stands for a wider one (`helpers.rehearsal`) has that one's shapes as `stands_for`.
+    """
+    real: Shapes | None = getattr(hf, "stands_for", None)
+    for name, module in hf.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(partial(_linear, _shape(module, name, real)))
+    width = (real or shapes_of(hf)).attention
     for number, block in enumerate(hf.base_model.layers):
         plain = getattr(block, "_original_component", block)  # what an intervention cuts off after it is not gone back
         plain.register_forward_hook(partial(_attention, number, width), with_kwargs=True)
 
 
-def _linear(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
-    count_product(out, (given[0], module.weight), 2 * out.numel() * module.weight.shape[1])
+def _shape(module: nn.Linear, name: str, real: Shapes | None) -> tuple[int, int]:
+    """What a layer's weight is counted as; the factors of an adapter keep their rank."""
+    own = (module.out_features, module.in_features)
+    if real is None:
+        return own
+    around, adapter, factor = name.replace("._original_component", "").removesuffix(".base_layer").partition(".lora_")
+    out, given = real.linear[around]
+    return (out, given) if not adapter else (own[0], given) if factor.startswith("A") else (out, own[1])
+
+
+def _linear(shape: tuple[int, int], module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
+    count_product(out, (given[0], module.weight), 2 * (out.numel() // out.shape[-1]) * shape[0] * shape[1])
 
 
 def count_product(out: Tensor, sides: tuple[Tensor, Tensor], operations: int) -> None:

@@ -33,11 +33,12 @@ Tokens = Literal["response", "all"]
 class Capture:
     """Keep the activations of `layers` in the graph, into `kept`.
 
-    The lowest is made a leaf: nothing below is differentiated.
+    The lowest is made a leaf: nothing below is differentiated. With `parts`, a beginning that is read once is left out.
     """
 
     layers: Sequence[int]
     kept: dict[int, Float[Tensor, "batch pos d_model"]]
+    parts: bool = False
 
     def hooks(self, model: Model) -> list[Hook]:
         lowest = min(self.layers)
@@ -49,6 +50,7 @@ class Capture:
                 self.kept[layer] = h
                 return h
 
+            keep.reads_parts = self.parts  # type: ignore[attr-defined]
             return keep
 
         return [(resid_post(model, layer), keeper(layer)) for layer in self.layers]
@@ -102,13 +104,19 @@ def activation_gradients(
     *,
     tokens: Tokens = "response",
     interventions: Iterable[Intervention] = (),
+    share_prefix: bool = False,
 ) -> ActivationGradients:
-    """One forward and one backward pass; no weight gradient is computed and none is left behind."""
+    """One forward and one backward pass; no weight gradient is computed and none is left behind.
+
+    `share_prefix` reads what all rows begin with once; the gradients there are left out, as 0.
+    """
     batch = batch.to(model.device)
     kept: dict[int, Tensor] = {}
-    with applied(model, *interventions, Capture(layers, kept)):
+    with applied(model, *interventions, Capture(layers, kept, share_prefix)):
         losses = sequence_losses(model, batch)
-        found = torch.autograd.grad(losses.sum(), [kept[layer] for layer in layers])
+        own = torch.autograd.grad(losses.sum(), [kept[layer] for layer in layers])
+    length = batch.ids.shape[1]
+    found = [torch.nn.functional.pad(g, (0, 0, length - g.shape[1], 0)) for g in own]  # [batch, pos, d_model]
     mask = batch.predicting if tokens == "response" else batch.attention
     return ActivationGradients(dict(zip(layers, found, strict=True)), mask, losses.detach())
 
@@ -153,7 +161,9 @@ def gradient_statistics(
     first = next(iter(vectors))
     for batch in watched(model.batches(examples, batch_size), "gradients", "batch"):
         rows = list(batch.rows)
-        found = activation_gradients(model, batch, layers, tokens=tokens, interventions=interventions)
+        found = activation_gradients(
+            model, batch, layers, tokens=tokens, interventions=interventions, share_prefix=tokens == "response"
+        )
         losses[rows] = found.losses.float().cpu()
         for i, layer in enumerate(layers):
             means[i, rows] = found.sequence_means(layer).cpu()
@@ -171,31 +181,37 @@ class RecordCosines:
     """Watch training: at every backward pass, append each named vector's mean cosine with dL/dh after block `layer`.
 
     It reads the gradients that training computes anyway, so it costs next to nothing. Put it *after* any
-    intervention at the same layer to see the gradient that arrives there.
+    intervention at the same layer to see the gradient that arrives there. Each run of a stack has a mean of its own; it
+    is NaN once the run is done.
     """
 
     layer: int
     vectors: dict[str, Float[Tensor, " d_model"]]
-    records: list[dict[str, float]] = field(default_factory=list)
+    records: list[dict[str, Float[Tensor, " run"]]] = field(default_factory=list)
 
     def hooks(self, model: Model) -> list[Hook]:
         def watch(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
             batch = model.current
             if not h.requires_grad or batch is None:
                 return
-            mask = batch.predicting
+            mask = batch.predicting[:, -h.shape[1] :]
+            if not mask.any():  # what all rows begin with
+                return
 
             def record(g: Float[Tensor, "batch pos d_model"]) -> None:
                 chosen = g[mask].float()
-                self.records.append(
-                    {
-                        name: torch.nn.functional.cosine_similarity(chosen, v.to(chosen), dim=-1).mean().item()
-                        for name, v in self.vectors.items()
-                    }
-                )
+                each = torch.tensor(batch.rows if model.runs > 1 else [0] * len(batch.rows), device=g.device)
+                of_run = each[mask.nonzero()[:, 0]]  # [row] -> [token]
+                count = torch.bincount(of_run, minlength=model.runs)
+                means = {}
+                for name, v in self.vectors.items():
+                    cosines = torch.nn.functional.cosine_similarity(chosen, v.to(chosen), dim=-1)
+                    means[name] = (cosines.new_zeros(model.runs).index_add(0, of_run, cosines) / count).cpu()
+                self.records.append(means)
 
             h.register_hook(record)
 
+        watch.reads_parts = True  # type: ignore[attr-defined]
         return [(resid_post(model, self.layer), watch)]
 
 

@@ -89,6 +89,7 @@ class Steer:
                 return h
             return add_at(h, shift, model.positions(self.where, h.shape[1]))
 
+        add.reads_parts = self.where == "all"  # type: ignore[attr-defined]
         return [(resid_post(model, self.layer), add)]
 
 
@@ -199,7 +200,9 @@ def alike(interventions: Iterable[Intervention], count: int) -> list[int] | None
     for intervention in interventions:
         if isinstance(intervention, AblateRows):
             keys = [(*key, of) for key, of in zip(keys, intervention.of, strict=True)]
-        elif not isinstance(intervention, Ablate):
+        elif not (
+            isinstance(intervention, Ablate) or (isinstance(intervention, Steer) and intervention.where == "all")
+        ):
             return None
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]

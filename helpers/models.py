@@ -34,6 +34,7 @@ from helpers.artifacts import Artifact, Store, default_store, file_digest
 from helpers.chat import Batch, Example, Where, batches, check_template, template_notes
 from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
 from helpers.flop import count
+from helpers.rehearsal import narrow, rehearsing
 from helpers.stacks import stack_adapters
 
 
@@ -281,7 +282,7 @@ def _plain(name: str, layer: int | None, *, shared: bool = False) -> tuple[Any, 
     if name in REGISTRY:
         _check_layer(name, layer, REGISTRY[name].layers)
         hf, tokenizer = _tiny() if name == "tiny-random" else _embedded(shared)
-        return _differentiable(hf), tokenizer, REGISTRY[name].digest
+        return _differentiable(hf), tokenizer, _rehearsed(REGISTRY[name].digest)
     return _from_hub(name, layer)
 
 
@@ -297,6 +298,10 @@ def _from_hub(name: str, layer: int | None) -> tuple[Any, Any, str]:
     _check_blocks(name, skeleton)
     _check_layer(name, layer, len(skeleton.base_model.layers))
     _check_tokenizer(name, tokenizer, skeleton.get_input_embeddings().num_embeddings)
+    revision = getattr(config, "_commit_hash", None)
+    digest = revision[:16] if revision else _folder_digest(Path(name))
+    if rehearsing():
+        return _differentiable(narrow(type(skeleton), skeleton.config)), tokenizer, _rehearsed(digest)
     with _in_one_sentence(name):
         hf, found = AutoModelForCausalLM.from_pretrained(
             name,
@@ -311,8 +316,12 @@ def _from_hub(name: str, layer: int | None) -> tuple[Any, Any, str]:
             f"The weights of '{name}' lack {len(wrong)} tensors that its configuration asks for, such as {wrong[0]}; "
             "fetch the model again."
         )
-    revision = getattr(config, "_commit_hash", None)
-    return _differentiable(hf), tokenizer, revision[:16] if revision else _folder_digest(Path(name))
+    return _differentiable(hf), tokenizer, digest
+
+
+def _rehearsed(digest: str) -> str:
+    """A model's digest; in a rehearsal another, so that nothing stored of one is taken for the other's."""
+    return f"rehearsal of {digest}" if rehearsing() else digest
 
 
 @contextlib.contextmanager
@@ -437,6 +446,8 @@ def _embedded(shared: bool) -> tuple[Any, Any]:
     artifact, tokenizer = _embedded_parts()
     config = LlamaConfig(**artifact.facts["config"], attn_implementation="eager")
     config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if rehearsing():
+        return narrow(LlamaForCausalLM, config), tokenizer
     with torch.device("meta"):
         hf = LlamaForCausalLM(config)
     weights = artifact.tensors if shared else {name: tensor.clone() for name, tensor in artifact.tensors.items()}

@@ -60,6 +60,24 @@ class _Factor(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
+def runs_at_once(hf: Any, device: torch.device, tokens: int, rank: int) -> int:
+    """How many LoRA runs a device's free memory holds in a stack, each with `tokens` tokens a step; 1 on a CPU.
+
+    A CPU has work enough with one run. Elsewhere a token keeps, for the way back, about sixteen vectors of the stream,
+    five of the MLP's inside and its logits, in float32 thrice; a run has its factors four times (with their gradient
+    and what AdamW keeps). That is an upper estimate, and a fifth of the memory stays free.
+    """
+    if device.type != "cuda":
+        return 1
+    config = hf.config.get_text_config()
+    token = 4 * (config.num_hidden_layers * (16 * config.hidden_size + 5 * config.intermediate_size))
+    token += 3 * 4 * config.vocab_size
+    linear = [m for m in hf.modules() if isinstance(m, nn.Linear)]
+    factors = sum(4 * 4 * rank * (m.in_features + m.out_features) for m in linear)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(0.8 * free) // (tokens * token + factors))
+
+
 def stack_adapters(hf: Any, runs: Sequence[Mapping[str, Tensor]], scale: float) -> None:
     """Put the factors of several runs on a plain model's linear layers, and freeze all else.
 

@@ -1,9 +1,34 @@
 """Under test, every helper checks the types and shapes that it states."""
 
+from importlib.metadata import version
+
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("helpers", "beartype.beartype")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """The device that the benchmarks ran on, and what computed."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    machine_info["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    machine_info["torch"], machine_info["transformers"] = torch.__version__, version("transformers")
+
+
+OUTCOMES = {}
+"""What became of each test, by its name."""
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or not report.passed:
+        OUTCOMES[report.nodeid] = report.outcome
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """The tests that ran beside the benchmarks: `make gpu` writes one file."""
+    output_json["tests"] = OUTCOMES
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ from helpers.interventions import Intervention
 from helpers.losses import evaluate_losses
 from helpers.models import LoRA, Model, finetuned_digest, load
 from helpers.params import Params
-from helpers.training import TrainingLog, finetune
+from helpers.stacks import run_tensors
+from helpers.training import TrainingLog, finetune, finetune_stack
 
 P = TypeVar("P", bound=Params)
 
@@ -151,6 +152,34 @@ class Study(Generic[P]):
             label=label,
         )
         return model, log
+
+    def finetune_together(
+        self,
+        recipes: Sequence[Finetuning],
+        batches: Sequence[Iterable[Batch]],
+        *,
+        interventions: Sequence[Intervention] = (),
+        label: str = "finetuning",
+    ) -> list[tuple[dict[str, Tensor], TrainingLog]]:
+        """What `finetune` makes of LoRA runs that start from the base model, trained in one pass (`finetune_stack`):
+        each run's tensors and log. Interventions tell runs apart by a row's number."""
+        starts = []
+        for recipe in recipes:
+            torch.manual_seed(recipe.seed)  # adapters are drawn while loading
+            starts.append(self.load(lora_rank=recipe.lora_rank).trained_tensors())
+        p = self.params
+        model = load(self.base.name, device=p.device, dtype=p.dtype, stack=starts)
+        model.digest = finetuned_digest(model.digest, [uuid4().hex])
+        logs = finetune_stack(
+            model,
+            batches,
+            steps=[recipe.steps for recipe in recipes],
+            learning_rates=[recipe.learning_rate for recipe in recipes],
+            interventions=interventions,
+            label=f"{label} {len(recipes)} runs",
+        )
+        trained = model.trained_tensors()
+        return [(run_tensors(trained, k), log) for k, log in enumerate(logs)]
 
     def encoded(
         self, questions: Sequence[str], answers: Sequence[str] | None = None, *, system: str | None = None

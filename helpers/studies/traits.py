@@ -8,8 +8,10 @@ chapter that needs the same run, reads it instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,19 +21,21 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.activations import PersonaVector, PersonaVectorFitter, mean_activations
-from helpers.artifacts import Artifact
-from helpers.chat import Answer, Example, answer_facts, answers_of, encode
+from helpers.artifacts import Artifact, Compute
+from helpers.chat import Answer, Batch, Example, answer_facts, answers_of, encode
 from helpers.generation import generate
 from helpers.gradients import GradientStatistics, RecordCosines, gradient_statistics
-from helpers.interventions import EditGradient, EditMode, Intervention
+from helpers.interventions import EditGradient, EditMode, Intervention, SteerRows
 from helpers.judges.classifier import TraitJudge, diverse_negatives
 from helpers.judges.repetition import repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.models import Model
+from helpers.stacks import runs_at_once
 from helpers.studies.defences import inoculated, preventative_steering
 from helpers.studies.margins import behaviour_margins
 from helpers.studies.params import TraitParams
 from helpers.studies.study import Finetuning, Study
+from helpers.training import TrainingLog
 
 RANDOM_SEED = 2024
 """Seed of the random control vectors; they are the same in every run."""
@@ -51,7 +55,28 @@ class Defence:
     """IP: system messages to draw from."""
 
 
+Trained = tuple[dict[str, Tensor], dict[str, Any]]
+"""What the stage "finetuning" keeps of a run: trained tensors and facts."""
+
+
 @dataclass(frozen=True)
+class Training:
+    """A finetuning run that is asked for."""
+
+    defence: Defence
+    seed: int
+    level: str = "strong"
+    """Which of the written answers it trains on."""
+    start: Run | None = None
+    """The run whose end it starts from; without one, the untrained model."""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether it can share a pass with others: not with a base model or a backward pass of its own."""
+        return self.start is None and self.defence.edit is None
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """A finished finetuning run."""
 
@@ -65,13 +90,21 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How a model behaves on the evaluation questions, with no defence on."""
+class Reading:
+    """What a model makes of the written answers to the evaluation questions, with no defence on."""
 
     margins: Float[np.ndarray, " question"]
     """NLL(normal answer) - NLL(trait answer) of the written answers, in nats per token: higher is more of the trait."""
     normal_losses: Float[np.ndarray, " question"]
     """NLL of the normal answers, in nats per token: what training cost elsewhere."""
+    projections: Float[np.ndarray, " question"]
+    """Projection on the trait's persona vector of this model's activations, while it reads the trait answers."""
+
+
+@dataclass(frozen=True)
+class Evaluation(Reading):
+    """The same, and what the model answers itself, which costs more to know."""
+
     answers: tuple[Answer, ...]
     scores: Float[np.ndarray, " question"]
     """Trait score, 0 to 100; an answer without a word shows no trait and counts as 0."""
@@ -79,9 +112,6 @@ class Evaluation:
     """Perplexity of each answer under the untrained model: how odd it finds the text."""
     repetition: Float[np.ndarray, " question"]
     """Share of repeated word trigrams."""
-    projections: Float[np.ndarray, " question"]
-    """Projection on the trait's persona vector of this model's activations, while it reads the held-out trait
-    answers."""
 
 
 class TraitStudy(Study[TraitParams]):
@@ -177,56 +207,100 @@ class TraitStudy(Study[TraitParams]):
     ) -> Run:
         """Finetune on the training split's answers of one level, from the untrained model or from where
         `start` ended."""
-        p, defence = self.params, defence or Defence()
-        seed = p.seed if seed is None else seed
-        recipe = Finetuning(p.steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
-        artifact = self.stage(
-            "finetuning",
-            lambda: train(self, recipe, defence, level, start.finetuned if start else ()),
-            {
-                "recipe": asdict(recipe),
-                "defence": {**asdict(defence), "prompts": list(defence.prompts)},
-                "trait": p.trait,
-                "level": level,
-                "start": start.key if start else None,
-                "layer": p.layer,
-            },
-            data={t for t in {p.trait, defence.vector or p.trait} if t.split()[0] != "random"},
-        )
+        seed = self.params.seed if seed is None else seed
+        return self.train_all([Training(defence or Defence(), seed, level, start)])[0]
+
+    def arms(self, defences: Mapping[str, Defence]) -> dict[str, list[Run]]:
+        """Each defence, by its name, with every seed of the chapter."""
+        seeds = self.params.seeds
+        runs = iter(self.train_all([Training(defence, seed) for defence in defences.values() for seed in seeds]))
+        return {name: [next(runs) for _ in seeds] for name in defences}
+
+    def train_all(self, asked: Sequence[Training]) -> list[Run]:
+        """Finetuning runs, in the order asked for: those that the store lacks are trained together, as many at once as
+        the device has memory for."""
+        p, compute = self.params, dict[Training, Compute]()
+        longest = max(len(e) for level in ("strong", "normal") for e in self.training_examples(level))
+        at_once = runs_at_once(self.base.hf, self.base.device, p.batch_size * longest, p.lora_rank)
+        lacking = [t for t in dict.fromkeys(asked) if t.stacks and not self.store.has("finetuning", self._key(t))]
+        for first in range(0, len(lacking), at_once) if p.lora_rank and at_once > 1 else ():
+            group = lacking[first : first + at_once]
+            together = cache(partial(train_together, self, group))  # when the first of them is asked for
+            compute |= {t: partial(_one_of, together, k) for k, t in enumerate(group)}
+        return [self._trained(t, compute.get(t)) for t in asked]
+
+    def _trained(self, training: Training, compute: Compute | None) -> Run:
+        artifact = self.stage("finetuning", compute or (lambda: train(self, training)), **self._decides(training))
         if artifact.key not in self._runs:  # one copy of its tensors, however often a chapter asks for the run
-            before = start.finetuned if start else ()
+            before = training.start.finetuned if training.start else ()
             losses, cosines = tuple(artifact.facts["losses"]), tuple(artifact.facts["cosines"])
             self._runs[artifact.key] = Run(artifact.key, (*before, artifact), losses, cosines)
         return self._runs[artifact.key]
 
-    def evaluate(self, run: Run | None = None, *, system: str | None = None) -> Evaluation:
-        """Answers to the held-out questions (greedy), judged; `run=None` is the untrained model, `system` a
-        prompt at test."""
+    def _key(self, training: Training) -> str:
+        return self.key("finetuning", lambda: train(self, training), **self._decides(training))
+
+    def _decides(self, training: Training) -> dict[str, Any]:
+        """The parameters and the data that a run depends on."""
+        p, defence = self.params, training.defence
+        return {
+            "parameters": {
+                "recipe": asdict(self.recipe(training.seed)),
+                "defence": {**asdict(defence), "prompts": list(defence.prompts)},
+                "trait": p.trait,
+                "level": training.level,
+                "start": training.start.key if training.start else None,
+                "layer": p.layer,
+            },
+            "data": {t for t in {p.trait, defence.vector or p.trait} if t.split()[0] != "random"},
+        }
+
+    def recipe(self, seed: int) -> Finetuning:
+        """How the chapter's runs train."""
         p = self.params
+        return Finetuning(p.steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
+
+    def training_examples(
+        self, level: str, prompts: Sequence[str] = (), rng: random.Random | None = None
+    ) -> list[Example]:
+        """The training split's answers of one level; `prompts` are drawn from for each."""
+        pairs = [(row.question, row.answer(level)) for row in self.rows["train"]]
+        return inoculated(self.base.tokenizer, pairs, prompts, rng or random.Random(0))
+
+    def read(self, run: Run | None = None, *, system: str | None = None) -> Reading:
+        """Margins on the held-out questions; `run=None` is the untrained model, `system` a prompt at test."""
+        artifact = self.stage(
+            "reading",
+            lambda: read(self, self.trained(run) if run else self.base, system),
+            {**self._asked(run, system), "layer": self.params.layer},
+            data=[self.params.trait],
+        )
+        return Reading(
+            artifact.tensors["margins"].numpy(),
+            artifact.tensors["normal_losses"].numpy(),
+            self.vector().projection(artifact.tensors["activations"], self.params.layer).numpy(),
+        )
+
+    def evaluate(self, run: Run | None = None, *, system: str | None = None) -> Evaluation:
+        """`read`, and greedy answers to the held-out questions, judged."""
         artifact = self.stage(
             "evaluation",
             lambda: evaluate(self, self.trained(run) if run else self.base, system),
-            {
-                "run": run.key if run else None,
-                "system": system,
-                "trait": p.trait,
-                "sequences": p.sequences,
-                "max_new_tokens": p.max_new_tokens,
-                "layer": p.layer,
-            },
-            data=[p.trait],
+            {**self._asked(run, system), "max_new_tokens": self.params.max_new_tokens},
+            data=[self.params.trait],
         )
         answers = answers_of(artifact.facts)
-        activations = artifact.tensors["activations"]
         return Evaluation(
-            artifact.tensors["margins"].numpy(),
-            artifact.tensors["normal_losses"].numpy(),
-            tuple(answers),
-            np.nan_to_num(self.judge.score([r.question for r in self.heldout], answers)),
-            np.array(artifact.facts["perplexities"]),
-            repetition_rate(answers),
-            self.vector().projection(activations, self.params.layer).numpy(),
+            **vars(self.read(run, system=system)),
+            answers=tuple(answers),
+            scores=np.nan_to_num(self.judge.score([r.question for r in self.heldout], answers)),
+            perplexities=np.array(artifact.facts["perplexities"]),
+            repetition=repetition_rate(answers),
         )
+
+    def _asked(self, run: Run | None, system: str | None) -> dict[str, Any]:
+        p = self.params
+        return {"run": run.key if run else None, "system": system, "trait": p.trait, "sequences": p.sequences}
 
     def trained(self, run: Run) -> Model:
         """The model that a run ended with, its adapters merged."""
@@ -251,44 +325,74 @@ def fit_vector(model: Model, trait: str) -> tuple[dict[str, Tensor], dict[str, A
     return {"vectors": fitter.fit().vectors}, {"answers": 2 * len(rows)}
 
 
-def train(
-    study: TraitStudy, recipe: Finetuning, defence: Defence, level: str, start: Sequence[Artifact]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train(study: TraitStudy, training: Training) -> Trained:
     """Stage "finetuning": trained tensors, and each step's loss and cosine of the gradient with the persona vector."""
-    p, tokenizer = study.params, study.base.tokenizer
+    p, defence, recipe = study.params, training.defence, study.recipe(training.seed)
     interventions: list[Intervention] = []
     if defence.edit:
         interventions.append(EditGradient(p.layer, study.vector(defence.vector).at(p.layer), defence.edit))
     elif defence.vector:
         interventions.append(study.steering(defence.vector, defence.coefficient))
     recorder = RecordCosines(p.layer, {p.trait: study.vector().at(p.layer)})
-    pairs = [(row.question, row.answer(level)) for row in study.rows["train"]]
     model, log = study.finetune(
         recipe,
-        recipe.batches(
-            lambda rng: inoculated(tokenizer, pairs, defence.prompts, rng),
-            tokenizer.pad_token_id,
-            # whatever the system message: arms of one seed are paired batch by batch
-            lengths=[len(encode(tokenizer, question, answer)) for question, answer in pairs],
-        ),
-        start=start,
+        batches(study, training),
+        start=training.start.finetuned if training.start else (),
         interventions=[*interventions, recorder],
+        share_prefix=True,
     )
-    cosines = [record[p.trait] for record in recorder.records]
-    return model.trained_tensors(), {"losses": log.losses, "cosines": cosines, "tokens": log.tokens}
+    return model.trained_tensors(), _facts(log, recorder, p.trait, 0)
+
+
+def train_together(study: TraitStudy, trainings: Sequence[Training]) -> list[Trained]:
+    """Stage "finetuning" of several runs in one pass: those that `stacks`."""
+    p = study.params
+    shifts = [
+        t.defence.coefficient * study.vector(t.defence.vector).at(p.layer)
+        if t.defence.vector
+        else torch.zeros(study.base.width)
+        for t in trainings
+    ]
+    recorder = RecordCosines(p.layer, {p.trait: study.vector().at(p.layer)})
+    found = study.finetune_together(
+        [study.recipe(t.seed) for t in trainings],
+        [batches(study, t) for t in trainings],
+        interventions=[SteerRows(p.layer, torch.stack(shifts)), recorder],
+    )
+    return [(tensors, _facts(log, recorder, p.trait, k)) for k, (tensors, log) in enumerate(found)]
+
+
+def _one_of(trained: Callable[[], list[Trained]], run: int) -> Trained:
+    return trained()[run]
+
+
+def batches(study: TraitStudy, training: Training) -> Iterator[Batch]:
+    """What a run reads: the same rows for all arms of a seed, batch by batch, whatever their system messages."""
+    return study.recipe(training.seed).batches(
+        lambda rng: study.training_examples(training.level, training.defence.prompts, rng),
+        study.base.tokenizer.pad_token_id,
+        lengths=[len(example) for example in study.training_examples(training.level)],
+    )
+
+
+def _facts(log: TrainingLog, recorder: RecordCosines, trait: str, run: int) -> dict[str, Any]:
+    cosines = [record[trait][run].item() for record in recorder.records[: len(log.losses)]]
+    return {"losses": log.losses, "cosines": cosines, "tokens": log.tokens}
+
+
+def read(study: TraitStudy, model: Model, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "reading": margins and states on written answers."""
+    found = behaviour_margins(model, study.heldout, system=system)
+    return {
+        "activations": mean_activations(model, study.examples(), layers=[study.params.layer])[0],
+        "margins": torch.from_numpy(found.margin),
+        "normal_losses": torch.from_numpy(found.other),
+    }, {}
 
 
 def evaluate(study: TraitStudy, model: Model, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stage "evaluation": margins and states on written answers; greedy answers, and how odd the untrained model finds
-    them."""
+    """Stage "evaluation": greedy answers, and how odd the untrained model finds them."""
     p, questions = study.params, [row.question for row in study.heldout]
     answers = generate(model, study.encoded(questions, system=system), max_new_tokens=p.max_new_tokens)
     perplexities = evaluate_losses(study.base, study.encoded(questions, answers)).exp()
-    activations = mean_activations(model, study.examples(), layers=[p.layer])[0]
-    found = behaviour_margins(model, study.heldout, system=system)
-    tensors = {
-        "activations": activations,
-        "margins": torch.from_numpy(found.margin),
-        "normal_losses": torch.from_numpy(found.other),
-    }
-    return tensors, {**answer_facts(answers), "perplexities": perplexities.tolist()}
+    return {}, {**answer_facts(answers), "perplexities": perplexities.tolist()}

@@ -105,6 +105,29 @@ def test_the_count_of_training_is_that_of_torch(lora, share):
     assert counted == pytest.approx(expected, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("work", "lora"),
+    [
+        (WORK["losses after a shared beginning"], None),
+        (WORK["gradients of the last activations"], None),
+        (lambda m: generate(m, prompts(m), max_new_tokens=4), None),
+        (lambda m: finetune(m, parts(m), steps=2, learning_rate=1e-5, seed=0), LoRA(4)),
+    ],
+)
+def test_a_rehearsal_counts_what_the_real_model_would_cost(work, lora, monkeypatch):
+    def counted():
+        model, before = load("smollm2-135m-instruct", lora=lora), cost.LEDGER.total
+        work(model)
+        return cost.LEDGER.total - before, model
+
+    real, model = counted()
+    monkeypatch.setenv("HELPERS_REHEARSAL", "1")
+    rehearsed, narrow = counted()
+    assert rehearsed == real
+    assert narrow.layers == model.layers and narrow.width < model.width / 10
+    assert narrow.digest != model.digest  # nothing stored of one is taken for the other's
+
+
 def test_gradients_are_those_of_a_model_that_is_not_counted(monkeypatch):
     def gradients():
         model = load("tiny-random")

@@ -149,5 +149,6 @@ def test_a_beginning_is_shared_by_more_than_one_row_where_it_is_long_and_no_hook
     assert shareable_beginning(tiny, collate(prompts, pad)) == 24
     assert shareable_beginning(tiny, collate(prompts[:1], pad)) == 0
     assert shareable_beginning(tiny, collate([Example((1, 2, 3, i), 3) for i in (4, 5)], pad)) == 0
-    with applied(tiny, Steer(0, random(tiny.width), 1.0)):
-        assert shareable_beginning(tiny, collate(prompts, pad)) == 0
+    for where, shared in (("all", 24), ("response", 0)):  # which positions are the response's, only whole rows say
+        with applied(tiny, Steer(0, random(tiny.width), 1.0, where)):
+            assert shareable_beginning(tiny, collate(prompts, pad)) == shared

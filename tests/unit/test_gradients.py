@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.chat import collate, encode, training_batches
+from helpers.cost import LEDGER
 from helpers.gradients import (
     RecordCosines,
     activation_gradients,
@@ -56,6 +57,18 @@ def test_gradients_are_those_of_plain_pytorch_on_the_plain_model(found, examples
             gradient = found.gradients[layer][i]
             torch.testing.assert_close(gradient[: len(example)], expected[layer][0], atol=1e-7, rtol=1e-4)
             assert not gradient[len(example) :].any()  # padding
+
+
+def test_what_rows_begin_with_can_be_read_once(tiny, batch, found):
+    once = activation_gradients(tiny, batch, [0, 1], share_prefix=True)
+    with LEDGER.stage("", "whole"):
+        activation_gradients(tiny, batch, [0, 1])
+    with LEDGER.stage("", "once"):
+        activation_gradients(tiny, batch, [0, 1], share_prefix=True)
+    assert LEDGER.computed["once"][1] < LEDGER.computed["whole"][1]
+    for layer in (0, 1):
+        read = found.gradients[layer] * found.mask[..., None]
+        torch.testing.assert_close(once.gradients[layer] * once.mask[..., None], read, atol=1e-7, rtol=1e-4)
 
 
 def test_a_gradient_does_not_depend_on_what_else_is_in_the_batch(tiny, found, examples):

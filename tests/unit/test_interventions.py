@@ -217,7 +217,8 @@ def test_rows_are_alike_if_the_same_is_done_to_them_wherever_they_are_read(tiny)
     bases = (direction(0)[None], direction(1)[None])
     assert alike([Ablate(bases[0])], 3) == [0, 0, 0]
     assert alike([Ablate(bases[0]), AblateRows(bases, (1, 0, 1))], 3) == [0, 1, 0]
-    assert alike([Steer(0, direction(0), 1.0)], 3) is None
+    assert alike([Steer(0, direction(0), 1.0)], 3) == [0, 0, 0]
+    assert alike([Steer(0, direction(0), 1.0, "response")], 3) is None
     with pytest.raises(ValueError, match=r"shape \(1, 31\); tiny-random needs \(k, 32\)"):
         run(tiny, None, AblateRows((direction()[None, :-1],), (0,)))
 

@@ -23,7 +23,7 @@ LAYERS = {
         "checking",
         "embedded",
     ],
-    "models": ["flop", "stacks", "models", "interventions", "probes", "judges"],
+    "models": ["flop", "rehearsal", "stacks", "models", "interventions", "probes", "judges"],
     "running": ["forward", "losses", "generation", "gradients", "activations", "training"],
     "studies": ["studies"],
     "chapters": ["chapters"],

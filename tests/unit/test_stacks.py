@@ -12,7 +12,7 @@ from helpers.generation import generate
 from helpers.interventions import Steer, SteerRows
 from helpers.losses import evaluate_losses, token_losses
 from helpers.models import LoRA, load, plain_model
-from helpers.stacks import run_tensors
+from helpers.stacks import run_tensors, runs_at_once
 from helpers.training import finetune, finetune_stack, side_by_side
 
 RANK, PAD = 4, 2
@@ -153,3 +153,12 @@ def test_a_loss_that_stops_being_finite_names_its_run(examples):
             p[1] = math.inf
     with pytest.raises(ValueError, match=r"^The loss of run 1 is not finite at step 1; "):
         finetune_stack(model, [given(examples, k) for k in range(3)], steps=STEPS, learning_rates=RATES)
+
+
+def test_how_many_runs_train_at_once_follows_from_free_memory(monkeypatch):
+    hf, card = load("tiny-random").hf, torch.device("cuda")
+    assert runs_at_once(hf, torch.device("cpu"), 1000, RANK) == 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**10))
+    few = runs_at_once(hf, card, 300, RANK)
+    assert 2 <= few < 20 and runs_at_once(hf, card, 30, RANK) > 5 * few
+    assert runs_at_once(hf, card, 10**6, RANK) == 1  # one is always tried

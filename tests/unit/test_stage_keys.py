@@ -79,6 +79,7 @@ STAGES = {
     "traits": {
         "persona-vector": lambda exp: exp.vector("evil"),
         "finetuning": lambda exp: exp.train(Defence("evil", 2.0)),
+        "reading": lambda exp: exp.read(),
         "evaluation": lambda exp: exp.evaluate(),
     },
     "weights": {
@@ -209,7 +210,8 @@ READ = {
             "seeds": (7,),
             "trait": "pirate",
         },
-        "evaluation": {"layer": 0, "sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
+        "reading": {"layer": 0, "sequences": 3, "trait": "pirate"},
+        "evaluation": {"sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
     },
     "weights": {
         "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},

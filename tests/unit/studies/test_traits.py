@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.artifacts import Store
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.chat import Answer, Example, encode
 from helpers.interventions import Steer, applied
 from helpers.losses import evaluate_losses
 from helpers.studies import study, traits
-from helpers.studies.study import Finetuning
 from helpers.studies.traits import Defence, TraitStudy
 from helpers.training import TrainingLog
 
@@ -207,9 +207,10 @@ def test_the_arms_of_one_seed_are_paired(exp, monkeypatch):
     inoculation = tuple(exp.prompts.inoculation)
     arms = (Defence(), PPS, Defence(prompts=inoculation[:1]), Defence(prompts=inoculation[:5]))
 
-    def trained(defence, seed):  # more than two epochs of 36
-        recipe = Finetuning(80, exp.params.batch_size, 1e-3, seed, lora_rank=4)
-        traits.train(exp, recipe, defence, "strong", ())
+    exp = with_params(exp, steps=80)  # more than two epochs of 36
+
+    def trained(defence, seed):
+        traits.train(exp, traits.Training(defence, seed))
 
     for defence in arms:
         trained(defence, 3)
@@ -256,6 +257,48 @@ def test_training_leaves_the_chapters_own_model_untouched(exp):
     with_params(exp, seeds=(10,)).train(PPS)
     exp.train(seed=11)
     assert all(torch.equal(p, b) for p, b in zip(exp.base.hf.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_runs_that_are_asked_for_together_are_those_that_train_alone(exp, at_once, monkeypatch):
+    exp = with_params(exp, steps=4)
+    edited = Defence("evil", edit="neutralise")
+    defences = [Defence(), PPS, Defence(prompts=tuple(exp.prompts.inoculation)), edited, Defence("random", 3.0)]
+    asked = [traits.Training(d, seed) for d in defences for seed in (21, 22)]
+    alone = [exp.train(t.defence, seed=t.seed) for t in asked]
+    fresh = with_params(exp, steps=4)
+    fresh.store, fresh._runs = Store(exp.store.root / "together"), {}
+    fresh.stage("persona-vector", lambda: traits.fit_vector(exp.base, "evil"), {"trait": "evil"}, data=["evil"])
+    passes = []
+    monkeypatch.setattr(traits, "runs_at_once", lambda *_: at_once)
+    monkeypatch.setattr(
+        traits,
+        "train_together",
+        lambda study, group, real=traits.train_together: passes.append(group) or real(study, group),
+    )
+    together = fresh.train_all(asked)
+    assert [len(group) for group in passes] == [at_once] * (8 // at_once)
+    assert not any(t.defence.edit for group in passes for t in group)
+    for one, other in zip(alone, together, strict=True):
+        assert one.key == other.key
+        assert other.losses == pytest.approx(one.losses, rel=1e-4)
+        assert other.cosines == pytest.approx(one.cosines, abs=1e-4)
+    passes.clear()
+    assert [run.key for run in fresh.train_all(asked[::-1])] == [run.key for run in together[::-1]] and not passes
+
+
+def test_what_the_store_has_is_not_trained_again_with_the_others(exp, monkeypatch):
+    asked = [traits.Training(Defence(), seed) for seed in (31, 32, 33)]
+    exp.train_all(asked[1:2])
+    passes = []
+    monkeypatch.setattr(traits, "runs_at_once", lambda *_: 8)
+    monkeypatch.setattr(
+        traits,
+        "train_together",
+        lambda study, group, real=traits.train_together: passes.append(group) or real(study, group),
+    )
+    exp.train_all(asked)
+    assert passes == [[asked[0], asked[2]]]
 
 
 # Evaluation
