@@ -150,7 +150,7 @@ class Ablate:
 READ_AND_WRITTEN = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
 """A block's input, and what its two parts add to the stream."""
 
-SiteMeans = Float[Tensor, "layer site d_model"]
+SiteMeans = Float[Tensor, "block site d_model"]
 """What passes the three sites of every block on average, over prompts."""
 
 
@@ -213,7 +213,8 @@ class AblateRows:
             raise ValueError(f"There are {given} sets of directions; give each one centre and one scale, or give none.")
         parts = [_basis(directions, model) for directions in self.bases]
         together = torch.cat(parts, 1)
-        owner = torch.tensor([i for i, part in enumerate(parts) for _ in range(part.shape[1])], device=model.device)
+        counts = torch.tensor([part.shape[1] for part in parts], device=model.device)
+        owner = torch.arange(given, device=model.device).repeat_interleave(counts)
         scales = torch.tensor(self.scales or [1.0] * given, device=model.device)
         along = torch.zeros(model.layers, len(READ_AND_WRITTEN), together.shape[1], device=model.device)
         if self.centres is not None:  # each direction's component that is left, at every site

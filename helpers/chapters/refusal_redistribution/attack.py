@@ -139,7 +139,7 @@ def site_means(
     positions: Sequence[int] | None = None,
     *,
     batch_size: int = 64,
-) -> Float[Tensor, "position layer site d_model"]:
+) -> Float[Tensor, "position block site d_model"]:
     """What passes the three sites of every block (`READ_AND_WRITTEN`) after harmless prompts, on average, at each of
     their last positions: where affine ablation moves activations. Raises as `prompt_states`.
     """
@@ -340,7 +340,7 @@ class _Scorer:
         refusal_ids: Sequence[int],
         layers: Sequence[int],
         ablated: Float[Tensor, "k d_model"] | None = None,
-        centres: Float[Tensor, "position layer site d_model"] | None = None,
+        centres: Float[Tensor, "position block site d_model"] | None = None,
         rounds: Sequence[tuple[int, float]] = ((1, 1.0),),
         batch_size: int = 64,
     ) -> None:
@@ -451,7 +451,7 @@ def score_exhaustively(
     refusal_ids: Sequence[int],
     layers: Sequence[int],
     ablated: Float[Tensor, "k d_model"] | None = None,
-    centres: Float[Tensor, "position layer site d_model"] | None = None,
+    centres: Float[Tensor, "position block site d_model"] | None = None,
     batch_size: int = 64,
 ) -> Scores:
     """Every candidate's scores, each from all prompts. `layers[i]` is the block whose output `candidates[i]` is from.
@@ -494,7 +494,7 @@ def score_by_halving(
     refusal_ids: Sequence[int],
     layers: Sequence[int],
     ablated: Float[Tensor, "k d_model"] | None = None,
-    centres: Float[Tensor, "position layer site d_model"] | None = None,
+    centres: Float[Tensor, "position block site d_model"] | None = None,
     halving: SuccessiveHalving | None = None,
     kl_limit: float = KL_LIMIT,
     batch_size: int = 64,

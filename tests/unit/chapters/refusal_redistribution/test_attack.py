@@ -123,12 +123,12 @@ def test_the_header_is_what_the_template_writes_after_the_users_words(tiny):
 def test_prompts_are_kept_that_the_model_treats_as_they_are_meant(tiny, prompts):
     """A refusal by half of the vocabulary has log-odds near 0: some prompts are above, some below."""
     each = [[states(tiny, e)[1] for e in kind] for kind in prompts]
-    order = torch.stack(each[0] + each[1]).mean(0).argsort(descending=True).tolist()
-    for size in range(20_000, 26_000, 50):
-        odds = [refusal_log_odds(torch.stack(kind), order[:size]) for kind in each]
+    for seed in range(100):
+        half = random(len(each[0][0]), seed=seed).argsort()[: len(each[0][0]) // 2].tolist()
+        odds = [refusal_log_odds(torch.stack(kind), half) for kind in each]
         if all(0 < int((kind > 0).sum()) < len(kind) for kind in odds):
             break
-    kept = by_behaviour(tiny, *prompts, order[:size])
+    kept = by_behaviour(tiny, *prompts, half)
     assert kept.harmful == [e for e, s in zip(prompts[0], odds[0], strict=True) if s > 0]
     assert kept.harmless == [e for e, s in zip(prompts[1], odds[1], strict=True) if s < 0]
     assert (kept.refused, kept.answered) == (len(kept.harmful), len(kept.harmless))
@@ -458,7 +458,7 @@ def test_damage_is_the_least_divergence_at_which_log_odds_are_low_enough(log_odd
     assert damage_at(np.array(log_odds), np.array(kl), level) == pytest.approx(damage)
 
 
-def test_a_curve_without_a_divergence_for_each_log_odds_is_an_error():
+def test_a_curve_without_a_divergence_for_each_log_odds_is_an_error(untyped):
     for odds, kl in (([1.0], [0.1, 0.2]), ([], [])):
         with pytest.raises(ValueError, match="A curve needs a KL for each log-odds"):
             damage_at(np.array(odds), np.array(kl), 0.0)
