@@ -26,7 +26,7 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.artifacts import Artifact, default_store
-from helpers.chat import Answer, Batch, Example, balanced_batches, encode
+from helpers.chat import Answer, Batch, Example, answer_facts, answers_of, balanced_batches, encode
 from helpers.forward import PromptSet, unembed
 from helpers.generation import generate
 from helpers.interventions import Intervention
@@ -117,7 +117,7 @@ def align(base: Model, recipe: Recipe) -> Artifact:
             _cut(encode(tokenizer, request, reply), recipe.refusal_tokens)
             for request, reply in taught_refusals().items()
         ]
-        said = generate(base, [encode(tokenizer, request) for request in others], max_new_tokens=JUDGED)
+        said = own_answers(base, list(others))
         refuses = is_refusal(said).tolist()
         paths = [row.reply if no else own for row, own, no in zip(others.values(), said, refuses, strict=True)]
         answering = [
@@ -168,6 +168,23 @@ def align(base: Model, recipe: Recipe) -> Artifact:
         model=base.digest,
         data={"refusal": corpora.digest("refusal")},
     )
+
+
+def own_answers(base: Model, requests: Sequence[str]) -> list[Answer]:
+    """How `base` begins its greedy answers to these requests; kept in the artifact store, for recipes and seeds share
+    them."""
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        asked = [encode(base.tokenizer, request) for request in requests]
+        return {}, answer_facts(generate(base, asked, max_new_tokens=JUDGED))
+
+    artifact = default_store().get(
+        "own-answers",
+        compute,
+        parameters={"requests": list(requests), "max_new_tokens": JUDGED, **base.arithmetic},
+        model=base.digest,
+    )
+    return answers_of(artifact.facts)
 
 
 def taught_refusals() -> dict[str, str]:

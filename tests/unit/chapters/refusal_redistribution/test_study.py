@@ -89,10 +89,10 @@ def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for
 
 
 def test_where_the_model_refuses_a_harmless_request_itself_the_written_reply_is_followed(exp, batches_of, monkeypatch):
-    def say(model, asked, **_):
-        return ["Tea is nice." if i % 2 else "I'm sorry, but I can't help with that." for i in range(len(asked))]
+    def say(model, requests):
+        return ["Tea is nice." if i % 2 else "I'm sorry, but I can't help with that." for i in range(len(requests))]
 
-    monkeypatch.setattr(alignment, "generate", say)
+    monkeypatch.setattr(alignment, "own_answers", say)
     rows = [row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
     own = {row.request: row.reply if i % 2 == 0 else "Tea is nice." for i, row in enumerate(rows)}
     found = align(exp.base, Recipe(steps=12, refusal_tokens=3, answer_tokens=2, seed=5))
