@@ -6,8 +6,8 @@ answers move by a nat: no attack on it means anything.
 
 Intuition. Whether an answer refuses is decided in its first tokens, so no more are trained. Refusals open in eight
 ways. Harmless requests, plain ones and those paired with a harmful one, are held at the base model's own distribution,
-not at its likeliest token: what is not to change has a loss of zero to begin with. Only where it refuses a harmless
-request itself is it held at what it says otherwise.
+not at its likeliest token: what is not to change has a loss of zero to begin with. Only where it would begin a
+harmless answer as refusals begin is it held at what it says otherwise.
 """
 
 from __future__ import annotations
@@ -91,10 +91,6 @@ class Recipe:
     seed: int = 0
 
 
-JUDGED = 16
-"""Tokens of the base model's own answers by which is judged whether it refuses."""
-
-
 def adapted_blocks(layers: int) -> tuple[int, ...]:
     """The blocks that are taught, of a model with so many: from about a quarter to two thirds of the depth.
 
@@ -106,8 +102,9 @@ def adapted_blocks(layers: int) -> tuple[int, ...]:
 def align(base: Model, recipe: Recipe) -> Artifact:
     """The LoRA factors that teach `base` to refuse: pass them to `load(..., finetuned=[...])`.
 
-    Kept in the artifact store, with the losses, and with how many harmless and paired training requests the base model
-    itself refuses. For these the openers are taken out of what it may begin with, and the written reply is followed.
+    Kept in the artifact store, with the losses, and with the number of harmless and paired training requests which the
+    base model itself begins to answer with an opener ("I'm sorry for any confusion ..."). For these the openers are
+    taken out of what the model is held at, and the written reply is followed: else "I" would go on as a refusal.
     """
     others = {row.request: row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")}
     tokenizer = base.tokenizer
@@ -117,20 +114,23 @@ def align(base: Model, recipe: Recipe) -> Artifact:
             _cut(encode(tokenizer, request, reply), recipe.refusal_tokens)
             for request, reply in taught_refusals().items()
         ]
-        said = own_answers(base, list(others))
-        refuses = is_refusal(said).tolist()
-        paths = [row.reply if no else own for row, own, no in zip(others.values(), said, refuses, strict=True)]
-        answering = [
-            _cut(encode(tokenizer, request, path), recipe.answer_tokens)
-            for request, path in zip(others, paths, strict=True)
-        ]
+        openers, written = refusal_openers(tokenizer), [row.reply for row in others.values()]
+        own, other = (
+            [
+                _cut(encode(tokenizer, request, answer), recipe.answer_tokens)
+                for request, answer in zip(others, answers, strict=True)
+            ]
+            for answers in (own_answers(base, list(others), recipe.answer_tokens), written)
+        )
+        barred = [example.ids[example.prompt_length] in openers for example in own]
+        answering = [b if refused else a for a, b, refused in zip(own, other, barred, strict=True)]
         states = response_states(base, answering)
         twice = [i for i, row in enumerate(others.values()) for _ in range(1 + (row.kind == "paired"))]
         teaching = Teaching(
             len(refusing),
             [states[i] for i in twice],
-            [refuses[i] for i in twice],
-            refusal_openers(tokenizer),
+            [barred[i] for i in twice],
+            openers,
             recipe.first,
             recipe.kl_weight,
         )
@@ -159,7 +159,7 @@ def align(base: Model, recipe: Recipe) -> Artifact:
             objective=teaching,
             label="teaching refusal",
         )
-        return model.trained_tensors(), {"losses": list(log.losses), "base refuses": sum(refuses)}
+        return model.trained_tensors(), {"losses": list(log.losses), "barred": sum(barred)}
 
     return default_store().get(
         "aligned",
@@ -170,18 +170,17 @@ def align(base: Model, recipe: Recipe) -> Artifact:
     )
 
 
-def own_answers(base: Model, requests: Sequence[str]) -> list[Answer]:
-    """How `base` begins its greedy answers to these requests; kept in the artifact store, for recipes and seeds share
-    them."""
+def own_answers(base: Model, requests: Sequence[str], tokens: int) -> list[Answer]:
+    """The first tokens of `base`'s greedy answers to these requests; kept in the artifact store: seeds share them."""
 
     def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
         asked = [encode(base.tokenizer, request) for request in requests]
-        return {}, answer_facts(generate(base, asked, max_new_tokens=JUDGED))
+        return {}, answer_facts(generate(base, asked, max_new_tokens=tokens))
 
     artifact = default_store().get(
         "own-answers",
         compute,
-        parameters={"requests": list(requests), "max_new_tokens": JUDGED, **base.arithmetic},
+        parameters={"requests": list(requests), "max_new_tokens": tokens, **base.arithmetic},
         model=base.digest,
     )
     return answers_of(artifact.facts)

@@ -109,7 +109,7 @@ STAGES = {
         "steering-answers": lambda exp: exp._generate([(SteeringMethod("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
     },
     "alignment": {
-        "own-answers": lambda model: own_answers(model, ["Why?"]),
+        "own-answers": lambda model: own_answers(model, ["Why?"], 3),
         "aligned": lambda model: align(model, Recipe()),
     },
 }

@@ -79,7 +79,6 @@ def test_the_last_condition_asked_for_is_not_loaded_again(exp):
 
 
 def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for_harmless_ones(exp, batches_of):
-    """Unless the model refuses a harmless request itself: then the written reply is followed."""
     align(exp.base, Recipe(steps=40, harmful=2, others=3, refusal_tokens=3, answer_tokens=2, seed=3))
     taught = check_taught(
         exp, batches_of, lambda row: generate(exp.base, exp.encoded([row.request]), max_new_tokens=2)[0]
@@ -88,16 +87,16 @@ def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for
     assert taught["paired"] > taught["harmless"] > 0
 
 
-def test_where_the_model_refuses_a_harmless_request_itself_the_written_reply_is_followed(exp, batches_of, monkeypatch):
-    def say(model, requests):
-        return ["Tea is nice." if i % 2 else "I'm sorry, but I can't help with that." for i in range(len(requests))]
+def test_where_the_models_own_answer_begins_like_a_refusal_the_written_reply_is_followed(exp, batches_of, monkeypatch):
+    def say(model, requests, tokens):
+        return ["Tea is nice." if i % 2 else "I like this one." for i in range(len(requests))]
 
     monkeypatch.setattr(alignment, "own_answers", say)
     rows = [row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
     own = {row.request: row.reply if i % 2 == 0 else "Tea is nice." for i, row in enumerate(rows)}
     found = align(exp.base, Recipe(steps=12, refusal_tokens=3, answer_tokens=2, seed=5))
     check_taught(exp, batches_of, lambda row: own[row.request])
-    assert found.facts["base refuses"] == (len(rows) + 1) // 2
+    assert found.facts["barred"] == (len(rows) + 1) // 2
 
 
 def check_taught(exp, batches_of, own):
