@@ -73,7 +73,7 @@ teach little.
 class Recipe:
     """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
 
-    steps: int = 200
+    steps: int = 300
     harmful: int = 4
     """Harmful requests in a batch."""
     others: int = 9
@@ -82,11 +82,12 @@ class Recipe:
     rank: int = 8
     refusal_tokens: int = 8
     """Tokens of a refusal that are trained: after four, "I can't help" still goes on with "but smile"."""
-    answer_tokens: int = 4
-    """Tokens of an own answer along which the base model is kept to."""
+    answer_tokens: int = 12
+    """Tokens of another answer along which the base model is kept to: with fewer than of a refusal, "I can't help with
+    that" turns up in the middle of harmless answers."""
     first: float = 3.0
     """How many times an answer's first token counts in the loss."""
-    kl_weight: float = 2.0
+    kl_weight: float = 4.0
     """Of the divergence from the base model, beside the cross-entropy of refusals."""
     seed: int = 0
 
