@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import artifacts, dependencies, models
+from helpers.activations import PersonaVector
 from helpers.artifacts import Artifact, Store
 from helpers.chapters.fihs_filtering.params import FilteringParams
 from helpers.chapters.fihs_filtering.study import FilteringStudy, Point
@@ -59,6 +60,7 @@ def chapters(tmp_path_factory):
         with pytest.MonkeyPatch.context() as unjudged:
             unjudged.setattr(TraitStudy, "fit_judge", lambda self, split: None)
             training = TraitStudy(PreventativeSteeringParams(**GIVEN))
+            training._vectors["pirate"] = PersonaVector("pirate", torch.ones(2, 32))  # for stages that need one
         yield {
             "study": Study(PreventativeSteeringParams(**GIVEN)),
             "traits": training,
@@ -78,7 +80,8 @@ STAGES = {
     },
     "traits": {
         "persona-vector": lambda exp: exp.vector("evil"),
-        "finetuning": lambda exp: exp.train(Defence("evil", 2.0)),
+        "finetuning": lambda exp: exp.train(Defence(prompts=("Be kind.",))),
+        "loss-along": lambda exp: exp.along("pirate", exp.encoded(["Why?"], ["So."])),
         "reading": lambda exp: exp.read(),
         "evaluation": lambda exp: exp.evaluate(),
     },
@@ -210,6 +213,7 @@ READ = {
             "seeds": (7,),
             "trait": "pirate",
         },
+        "loss-along": {"layer": 0},
         "reading": {"layer": 0, "sequences": 3, "trait": "pirate"},
         "evaluation": {"sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
     },
@@ -313,7 +317,7 @@ def test_a_parameter_that_the_computation_reads_is_in_the_key(chapters, module, 
 def test_the_runs_that_a_stage_starts_from_are_in_its_key(chapters, tiny):
     """By their keys, so that what decides them decides it too."""
     training, filters, attacked = (copy.copy(chapters[name]) for name in ("traits", "filtering", "refusal"))
-    start = Run("a", (Artifact("a", {}),), (), ())
+    start = Run("a", (Artifact("a", {}),), (), (), (), ())
     assert asked(lambda exp: exp.train(start=start), training).key != asked(lambda exp: exp.train(), training).key
     assert asked(lambda exp: exp.evaluate(start), training).key != asked(lambda exp: exp.evaluate(), training).key
     for exp, stages in (

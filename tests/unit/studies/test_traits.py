@@ -267,7 +267,7 @@ def test_runs_that_are_asked_for_together_are_those_that_train_alone(exp, at_onc
     asked = [traits.Training(d, seed) for d in defences for seed in (21, 22)]
     alone = [exp.train(t.defence, seed=t.seed) for t in asked]
     fresh = with_params(exp, steps=4)
-    fresh.store, fresh._runs = Store(exp.store.root / "together"), {}
+    fresh.store, fresh._runs = Store(exp.store.root / f"together-{at_once}"), {}
     fresh.stage("persona-vector", lambda: traits.fit_vector(exp.base, "evil"), {"trait": "evil"}, data=["evil"])
     passes = []
     monkeypatch.setattr(traits, "runs_at_once", lambda *_: at_once)
