@@ -122,6 +122,20 @@ def activation_gradients(
     return ActivationGradients(dict(zip(layers, found, strict=True)), mask, losses.detach())
 
 
+def loss_at(
+    model: Model,
+    batch: Batch,
+    h: Float[Tensor, "batch pos d_model"],
+    vector: Float[Tensor, " d_model"],
+    a: float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """L(a) and dL/da of each sequence, with a v added to the states h from which the model's blocks go on."""
+    alpha = torch.full((len(h), 1, 1), float(a), device=h.device, requires_grad=True)
+    losses = sequence_sums(model, batch, states=h + alpha * vector) / batch.response.sum(1)
+    slopes = torch.autograd.grad(losses.sum(), alpha)[0].flatten()
+    return losses.detach(), slopes
+
+
 def loss_along(
     model: Model,
     examples: Sequence[Example],
@@ -148,10 +162,8 @@ def loss_along(
             h = kept[layer].detach()
             with only_blocks(model, layer + 1, model.layers - 1):
                 for i, a in enumerate(coefficients):
-                    alpha = torch.full((len(rows), 1, 1), float(a), device=h.device, requires_grad=True)
-                    found = sequence_sums(model, batch, states=h + alpha * vector.to(h)) / batch.response.sum(1)
-                    losses[i, rows] = found.detach().float().cpu()
-                    slopes[i, rows] = torch.autograd.grad(found.sum(), alpha)[0].flatten().float().cpu()
+                    found = loss_at(model, batch, h, vector.to(h), a)
+                    losses[i, rows], slopes[i, rows] = (part.float().cpu() for part in found)
     return losses, slopes
 
 

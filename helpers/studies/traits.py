@@ -208,10 +208,12 @@ class TraitStudy(Study[TraitParams]):
         *,
         coefficients: Sequence[float] = GRID,
         layer: int | None = None,
+        scale: float = 1.0,
     ) -> tuple[Float[np.ndarray, "coefficient example"], Float[np.ndarray, "coefficient example"]]:
-        """The untrained model's loss on examples, and its slope, along a vector: by multiples of the raw vector."""
+        """The untrained model's loss on examples, and its slope, along a vector: by multiples of the raw
+        vector, lengthened by `scale`."""
         at = self.params.layer if layer is None else layer
-        v = self.vector(vector).at(at)
+        v = scale * self.vector(vector).at(at)
         artifact = self.stage(
             "loss-along",
             lambda: (
@@ -326,12 +328,17 @@ class TraitStudy(Study[TraitParams]):
         pairs = [(row.question, row.answer(level)) for row in self.rows["train"]]
         return inoculated(self.base.tokenizer, pairs, prompts, rng or random.Random(0))
 
-    def read(self, run: Run | None = None, *, system: str | None = None) -> Reading:
-        """Margins on the held-out questions; `run=None` is the untrained model, `system` a prompt at test."""
+    def read(self, run: Run | None = None, *, system: str | None = None, coefficient: float = 0.0) -> Reading:
+        """Margins on the held-out questions; `run=None` is the untrained model.
+
+        `system` is a prompt at test; `coefficient` puts PPS's vector on at test, in units of a*.
+        """
+        steering = (self.steering(coefficient=coefficient),) if coefficient else ()
+        strength = coefficient * self.unit() if coefficient else 0.0
         artifact = self.stage(
             "reading",
-            lambda: read(self, self.trained(run) if run else self.base, system),
-            {**self._asked(run, system), "layer": self.params.layer},
+            lambda: read(self, self.trained(run) if run else self.base, system, steering),
+            {**self._asked(run, system), "layer": self.params.layer, "steering": strength},
             data=[self.params.trait],
         )
         return Reading(
@@ -446,11 +453,14 @@ def _facts(log: TrainingLog, recorder: RecordStream, run: int) -> dict[str, Any]
     }
 
 
-def read(study: TraitStudy, model: Model, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(
+    study: TraitStudy, model: Model, system: str | None, steering: Sequence[Intervention]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stage "reading": margins and states on written answers."""
-    found = behaviour_margins(model, study.heldout, system=system)
+    found = behaviour_margins(model, study.heldout, system=system, interventions=steering)
+    seen = mean_activations(model, study.examples(), layers=[study.params.layer], interventions=steering)
     return {
-        "activations": mean_activations(model, study.examples(), layers=[study.params.layer])[0],
+        "activations": seen[0],
         "margins": torch.from_numpy(found.margin),
         "normal_losses": torch.from_numpy(found.other),
     }, {}
