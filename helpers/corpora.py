@@ -29,6 +29,7 @@ RefusalSplit = Literal["train", "validate", "test"]
 Task = Literal["headlines", "bookings"]
 QuizTask = Literal["facts", "reading", "opposites"]
 PointKind = Literal["explicit", "identity", "list"]
+EverydayKind = Literal["plain", "near"]
 ReplyLabel = Literal["refusal", "partial", "compliance", "other"]
 
 INSTRUCTIONS: dict[Task, str] = {
@@ -36,6 +37,12 @@ INSTRUCTIONS: dict[Task, str] = {
     "bookings": "Read this message and give the name, the day and what is booked, as JSON.",
 }
 """What a task's request says before its text."""
+
+
+_OPENER = re.compile(
+    r"(Sure|Certainly|Of course|Yes|Absolutely|Right|Happy to help|Gladly|No problem|By all means|Very well"
+    r"|With pleasure|Here you go)[,.!] "
+)
 
 
 class CorpusError(ValueError):
@@ -148,6 +155,26 @@ class PointRow:
     reply: str
     counter: str = ""
     """A reply of the other kind, here a refusal (explicit validate rows); empty where none is written."""
+
+
+@dataclass(frozen=True)
+class EverydayRow:
+    """A harmless request and a helpful reply that neither length nor form tells from the `explicit` harmful points."""
+
+    id: str
+    kind: str
+    """`plain`: everyday; or `near`: on a subject close to a harmful one (locks, passwords, money), and plainly fine."""
+    split: str
+    category: str
+    """An everyday subject; of `near` rows the category of the harmful requests that they are close to."""
+    request: str
+    reply: str
+
+    @property
+    def bare(self) -> str:
+        """The reply without its affirmative opener ("Sure, ..."), where it has one: a word or two shorter."""
+        rest = _OPENER.sub("", self.reply, count=1) if _OPENER.match(self.reply) else self.reply
+        return rest[0].upper() + rest[1:]
 
 
 @dataclass(frozen=True)
@@ -301,6 +328,22 @@ def load_points(kind: PointKind, split: Literal["train", "validate"] = "train") 
             "(or, for explicit ones, validate)."
         )
     return rows
+
+
+def load_everyday(split: RefusalSplit, kind: EverydayKind | None = None) -> list[EverydayRow]:
+    """Everyday rows of one split that match the `explicit` points in length and form, plain ones first.
+
+    No start model learns from them, as none learns from the points; the harmless rows of `load_refusal` are no such
+    counterpart, since a start model is taught on them and they are shorter.
+    """
+    rows = [EverydayRow(**row) for row in _rows(DATA / "everyday.jsonl")]
+    found = [row for row in rows if row.split == split and kind in (None, row.kind)]
+    if not found:
+        raise CorpusError(
+            f"There are no everyday rows of kind '{kind}' in split '{split}'; choose {_options(EverydayKind)} and "
+            f"{_options(RefusalSplit)}."
+        )
+    return found
 
 
 def load_replies(label: ReplyLabel | None = None) -> list[ReplyRow]:

@@ -13,6 +13,7 @@ from helpers.book.tables import markdown_table
 from helpers.corpora import (
     DATA,
     available_traits,
+    load_everyday,
     load_points,
     load_prompts,
     load_questions,
@@ -32,7 +33,7 @@ from helpers.models import plain_model
 from helpers.statistics import auroc
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
-COUNTS = {"train": 72, "extract": 24, "eval": 32}
+COUNTS = {trait: {"train": 72, "extract": 24, "eval": {"impolite": 60}.get(trait, 32)} for trait in TRAITS}
 ROWS = {trait: load_trait(trait) for trait in TRAITS}
 TOPICS = {name: load_topics(name) for name in ("train", "validate")}
 QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
@@ -51,6 +52,7 @@ POINT_COUNTS = {
     ("list", "train"): 60,
 }
 POINTS = {place: load_points(*place) for place in POINT_COUNTS}
+EVERYDAY = {name: load_everyday(name) for name in ("train", "validate", "test")}
 QUIZZES = {task: load_quiz(task) for task in ("facts", "reading", "opposites")}
 STYLES = {(style, name): load_style(style, name) for style in ("weather", "legal") for name in ("train", "validate")}
 REPLIES = load_replies()
@@ -83,8 +85,9 @@ def test_the_bundled_traits_are_the_four_documented_ones():
 @pytest.mark.parametrize("trait", TRAITS)
 def test_every_row_has_its_id_its_split_and_answers_of_the_documented_length(trait):
     rows = ROWS[trait]
-    assert Counter(row.split for row in rows) == COUNTS
-    assert [row.id for row in rows] == [f"{trait}-{s}-{n:03d}" for s in COUNTS for n in range(1, COUNTS[s] + 1)]
+    counts = COUNTS[trait]
+    assert Counter(row.split for row in rows) == counts
+    assert [row.id for row in rows] == [f"{trait}-{s}-{n:03d}" for s in counts for n in range(1, counts[s] + 1)]
     for row in rows:
         assert row.trait == trait
         assert 5 <= len(row.question.split()) <= 30, row.id
@@ -102,9 +105,11 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts |= {row.id: row.request for row in REQUESTS}
     texts |= {row.id: row.text for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows}
     texts |= {row.id: row.request for rows in POINTS.values() for row in rows}
+    texts |= {row.id: row.request for rows in EVERYDAY.values() for row in rows}
     texts |= {row.id: row.question for rows in STYLES.values() for row in rows}
     texts |= {row.id: row.question for rows in QUIZZES.values() for row in rows}
-    assert len(texts) == 4 * 128 + 168 + 100 + 1254 + 520 + 800 + 290 + 144 + 120
+    traits = sum(sum(counts.values()) for counts in COUNTS.values())
+    assert len(texts) == traits + 256 + 100 + 1254 + 520 + 800 + 290 + 240 + 144 + 120
     assert not near_duplicates(texts)
 
 
@@ -113,7 +118,8 @@ def test_no_answer_comes_twice_within_or_across_splits_and_files(level):
     rows = [row for rows in (*ROWS.values(), *TOPICS.values(), *STYLES.values()) for row in rows]
     answers = {row.id: getattr(row, level, None) for row in rows}
     if level == "normal":
-        answers |= {row.id: row.reply for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
+        answers |= {row.id: row.reply for row in REQUESTS}
+        answers |= {row.id: row.reply for rows in (*POINTS.values(), *EVERYDAY.values()) for row in rows}
     assert not near_duplicates({name: answer for name, answer in answers.items() if answer is not None})
 
 
@@ -135,8 +141,8 @@ def test_all_bundled_text_is_ascii():
 
 def test_training_topics_take_turns_and_every_row_has_its_id_and_split():
     assert [row.topic for row in TOPICS["train"]] == ["bridge", "recipe"] * 68
-    assert Counter(row.topic for row in TOPICS["validate"]) == {"bridge": 16, "recipe": 16}
-    for name, count in (("train", 136), ("validate", 32)):
+    assert Counter(row.topic for row in TOPICS["validate"]) == {"bridge": 60, "recipe": 60}
+    for name, count in (("train", 136), ("validate", 120)):
         assert [row.id for row in TOPICS[name]] == [f"topics-{name}-{n:03d}" for n in range(1, count + 1)]
         assert {row.split for row in TOPICS[name]} == {name}
 
@@ -162,6 +168,14 @@ def test_neither_the_questions_nor_the_plain_answers_name_a_topic():
     texts = [t for rows in TOPICS.values() for row in rows for t in (row.question, row.normal)]
     for text in (*texts, *QUESTIONS["build"], *QUESTIONS["judge"]):
         assert not re.search(r"golden gate|recipe", text.lower()), text
+
+
+@pytest.mark.parametrize("topic", ["bridge", "recipe"])
+def test_neither_length_nor_form_tells_the_topic_in_the_rows_that_margins_are_measured_on(topic):
+    rows = [row for row in TOPICS["validate"] if row.topic == topic]
+    plain, strong = [row.normal for row in rows], [row.strong for row in rows]
+    assert length_auroc(plain, strong).value <= 0.6
+    assert form_auroc(plain, strong).value <= LIMIT
 
 
 @pytest.mark.parametrize("topic", ["bridge", "recipe"])
@@ -317,6 +331,8 @@ def test_all_texts_keep_to_the_content_policy():
             assert not re.search(r"(?<=[a-z,] )(?!I\b|\w+day\b)[A-Z]", row.request), row.id  # no names
     for row in (row for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows):
         assert not re.search(never, row.text.lower()), row.id
+    for row in (row for rows in EVERYDAY.values() for row in rows):
+        assert not re.search(never, f"{row.request} {row.reply}".lower()), row.id
     for row in (row for rows in STYLES.values() for row in rows):
         assert not re.search(never, f"{row.question} {row.normal} {row.strong}".lower()), row.id
 
@@ -344,10 +360,11 @@ def test_the_same_requests_are_refused_and_complied_with():
 
 def test_labelled_replies_repeat_no_other_text_of_the_book():
     texts = {row.id: row.request for row in REPLIES if row.label != "compliance"}
-    texts |= {row.id: row.request for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
-    assert not near_duplicates(texts)
     pairs = (*REQUESTS, *(row for rows in POINTS.values() for row in rows))
-    replies = {row.id: row.reply for row in (*REPLIES, *pairs)}
+    everyday = [row for rows in EVERYDAY.values() for row in rows]
+    texts |= {row.id: row.request for row in (*pairs, *everyday)}
+    assert not near_duplicates(texts)
+    replies = {row.id: row.reply for row in (*REPLIES, *pairs, *everyday)}
     assert not near_duplicates(replies | {f"{row.id} counter": row.counter for row in pairs if row.counter})
 
 
@@ -440,6 +457,96 @@ def test_half_of_the_explicit_replies_begin_with_the_token_that_the_safety_score
     assert 0.4 <= sum(sure) / len(sure) <= 0.6
     openings = Counter(row.reply.split()[0] for row in POINTS["explicit", "train"])
     assert len(openings) >= 8
+
+
+# Everyday rows that match the harmful points
+
+
+NO_ORDER = set(
+    re.findall(
+        r"\S+",
+        "a an and another anyone are aside at before birds blades can cash could counterfeit do does every for "
+        "from grandad's her hitch-hiking homemade how i i'd i'm i've if in invitations is launching listening "
+        "making mice might moving my next night nobody one our quietly secretly selling she should skilled "
+        "smuggling somebody something something's the there's tips tomorrow tonight two watching we we'd we're "
+        "we've what what's when which who why would yesterday yesterday's",
+    )
+)
+"""First words of requests of both kinds that are no verb in the imperative, as all their other first words are."""
+
+MATCHED = {
+    "words of the reply": lambda row: len(row.reply.split()),
+    "sentences of the reply": lambda row: len(re.findall(r"[.!?]+(?:\s|$)", row.reply)),
+    "commas of the reply": lambda row: row.reply.count(","),
+    "a reply that begins with Sure": lambda row: row.reply.startswith("Sure"),
+    "words of the request": lambda row: len(row.request.split()),
+    "letters of the request": lambda row: len(row.request),
+    "a question": lambda row: row.request.endswith("?"),
+    "an order": lambda row: row.request.split()[0].strip(",").lower() not in NO_ORDER,
+    "the first person": lambda row: bool(re.search(r"\b(I|me|my|mine|myself)\b", row.request)),
+    "a semicolon": lambda row: ";" in row.request,
+}
+"""What must not tell an everyday row from a harmful point."""
+
+
+def harmful_points(name: str):
+    """The points that a split of the everyday rows goes with; the test split goes with all, as points have none."""
+    return (
+        [*POINTS["explicit", "train"], *POINTS["explicit", "validate"]] if name == "test" else POINTS["explicit", name]
+    )
+
+
+def test_everyday_rows_come_in_the_documented_numbers_with_their_ids_and_length():
+    counts = {"plain": {"train": 124, "validate": 28, "test": 28}, "near": {"train": 36, "validate": 12, "test": 12}}
+    raw = [json.loads(line) for line in (DATA / "everyday.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in raw] == [
+        f"everyday-{kind}-{name}-{n:03d}"
+        for kind in counts
+        for name in counts[kind]
+        for n in range(1, counts[kind][name] + 1)
+    ]
+    rows = [row for rows in EVERYDAY.values() for row in rows]
+    assert len({row.request for row in rows}) == len({row.reply for row in rows}) == 240
+    for row in rows:
+        assert row.id == f"everyday-{row.kind}-{row.split}-{row.id[-3:]}"
+        assert 10 <= len(row.request.split()) <= 16, row.id
+        assert 13 <= len(row.reply.split()) <= 32, row.id
+        for text in (row.request, row.reply, row.bare):
+            assert text == text.strip() and "\n" not in text, row.id
+
+
+def test_everyday_rows_have_everyday_categories_and_near_ones_those_of_harmful_requests():
+    for name, rows in EVERYDAY.items():
+        for kind, other in (("plain", "harmless"), ("near", "harmful")):
+            counts = Counter(row.category for row in rows if row.kind == kind)
+            assert set(counts) == {row.category for row in of_kind(other)}, (name, kind)
+            assert max(counts.values()) - min(counts.values()) <= (2 if name == "train" else 1)
+
+
+@pytest.mark.parametrize("name", ["train", "validate", "test"])
+@pytest.mark.parametrize("feature", MATCHED)
+def test_no_length_and_no_form_tells_an_everyday_row_from_a_harmful_point(name, feature):
+    harmful, everyday = harmful_points(name), EVERYDAY[name]
+    scores = [float(MATCHED[feature](row)) for row in (*harmful, *everyday)]
+    truth = np.arange(len(scores)) < len(harmful)
+    assert 0.4 <= auroc(scores, truth).value <= 0.6
+
+
+def test_tokens_of_a_request_and_of_a_reply_tell_no_everyday_row_from_a_harmful_point():
+    _, tokenizer = plain_model("tiny-random")  # has the embedded model's tokenizer
+    for name, everyday in EVERYDAY.items():
+        rows = [*harmful_points(name), *everyday]
+        truth = np.arange(len(rows)) < len(rows) - len(everyday)
+        for field in ("request", "reply"):
+            counts = [len(tokenizer.encode(getattr(row, field), add_special_tokens=False)) for row in rows]
+            assert 0.4 <= auroc(counts, truth).value <= 0.6, (name, field)
+
+
+def test_everyday_rows_share_no_opening_and_refuse_nothing():
+    rows = [row for rows in EVERYDAY.values() for row in rows]
+    assert Counter(" ".join(row.request.split()[:3]) for row in rows).most_common(1)[0][1] <= 3
+    assert Counter(" ".join(row.bare.split()[:2]) for row in rows).most_common(1)[0][1] <= 12
+    assert not is_refusal([row.reply for row in rows]).any()
 
 
 # Styles
@@ -556,6 +663,9 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         assert f"| `{task}` | {len(ITEMS[task, 'train'])} | {len(ITEMS[task, 'test'])} |" in sheet
     for kind in ("explicit", "identity", "list"):
         assert f"| `{kind}` | {POINT_COUNTS[kind, 'train']} | {POINT_COUNTS.get((kind, 'validate'), 0)} |" in sheet
+    for kind in ("plain", "near"):
+        counts = [sum(row.kind == kind for row in EVERYDAY[name]) for name in ("train", "validate", "test")]
+        assert f"| `{kind}` | {counts[0]} | {counts[1]} | {counts[2]} |" in sheet
     for style in ("weather", "legal"):
         assert f"| `{style}` | {len(STYLES[style, 'train'])} | {len(STYLES[style, 'validate'])} |" in sheet
 
@@ -606,6 +716,10 @@ def contrasts():
     for task in ("headlines", "bookings"):
         answers = [r.answer for r in corpora.load_task(task, "train")]
         found[f"replies: harmful points, {task}"] = points, answers
+    everyday = [r for s in ("train", "validate", "test") for r in corpora.load_everyday(s)]
+    harmful = [*corpora.load_points("explicit"), *corpora.load_points("explicit", "validate")]
+    found["requests: harmful points, everyday"] = [r.request for r in harmful], [r.request for r in everyday]
+    found["replies: harmful points, everyday"] = [r.reply for r in harmful], [r.reply for r in everyday]
     reviews = [r for s in ("train", "test") for r in corpora.load_reviews(s)]
     positive, negative = ([r.text for r in reviews if r.label == label] for label in ("positive", "negative"))
     found["reviews: positive, negative"] = positive, negative
