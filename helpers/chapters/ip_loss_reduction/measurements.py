@@ -157,7 +157,7 @@ def recall(
 def suppression(
     margins: Mapping[str, Scores], untrained: Float[np.ndarray, "1 question"]
 ) -> dict[str, Float[np.ndarray, " seed"]]:
-    """By arm and seed, the share of what "undefended" training adds to the margin that the arm keeps from being added."""
+    """By arm and seed: the share of what "undefended" training adds to the margin that the arm keeps out."""
     learnt = (margins["undefended"] - untrained).mean(1)
     return {n: (margins["undefended"] - m).mean(1) / learnt for n, m in margins.items() if n != "undefended"}
 

@@ -162,7 +162,7 @@ def test_the_line_is_that_of_least_squares_and_its_interval_covers():
     assert np.mean([f.b.value for f in fits]) == pytest.approx(0.7, abs=0.03)
     assert 0.9 < np.mean([f.a.low < 0.2 < f.a.high for f in fits]) < 0.99
     with pytest.raises(ValueError, match="four points or more, and got 3 and 3"):
-        inoculation.line([0, 1, 2], [0, 1, 2])
+        inoculation.line([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
 
 
 def test_suppression_is_the_share_of_what_undefended_training_adds():
