@@ -72,6 +72,16 @@ class TraitRow:
 
 
 @dataclass(frozen=True)
+class BothRow:
+    """A training question of `evil` with its plain answer, and one that is evil in a pirate's voice."""
+
+    id: str
+    question: str
+    normal: str
+    both: str
+
+
+@dataclass(frozen=True)
 class TopicRow:
     """One question about neither topic, with a plain answer and one that drags a topic in."""
 
@@ -203,14 +213,27 @@ class ReplyRow:
 
 @dataclass(frozen=True)
 class Prompts:
-    """System messages for one trait; `placebo[i]` is as long as `inoculation[i]`, give or take a token."""
+    """System messages for one trait, of one form: all but `keyword` are commands of 21 to 29 words.
+
+    `placebo[i]` is as long as `inoculation[i]`, give or take a token.
+    """
 
     inoculation: list[str]
-    """Ask for the trait."""
+    """Ask for the trait; five."""
     placebo: list[str]
-    """Say something irrelevant to any trait or style."""
+    """Command something irrelevant to any trait or manner of answering, such as how to count weeks; five."""
     opposite: list[str]
-    """Ask for the reverse of the trait: a kind, an honest or a plain manner."""
+    """Ask for the reverse of the trait: a kind, an honest, a plain or a polite manner; five."""
+    negated: list[str]
+    """Forbid the trait in the words of an inoculation prompt, the first of them in those of `inoculation[0]`; two."""
+    paraphrase: list[str]
+    """Mean what `inoculation[0]` means, in other words; five."""
+    keyword: list[str]
+    """String the words of the trait together and command nothing; one."""
+    other: list[str]
+    """Ask for a persona that is no bundled trait and neither good nor bad, such as a station announcer; two."""
+    layout: list[str]
+    """Lay down rules of layout, spelling or format; two."""
 
 
 def available_traits() -> tuple[str, ...]:
@@ -257,10 +280,18 @@ def split(rows: Iterable[TraitRow], name: str) -> list[TraitRow]:
 
 
 def load_prompts(trait: str) -> Prompts:
-    """The inoculation, placebo and opposite prompts of a bundled trait, five of each."""
+    """The prompts of a bundled trait, kind by kind; CorpusError for an unknown trait."""
     _trait_path(trait)
     rows = [row for row in _rows(DATA / "prompts.jsonl") if row["trait"] == trait]
     return Prompts(**{field.name: [r["text"] for r in rows if r["kind"] == field.name] for field in fields(Prompts)})
+
+
+def load_both() -> list[BothRow]:
+    """Answers that are evil in a pirate's voice, to the first 48 training questions of `evil`, in its order.
+
+    They ask whether a defence against one trait costs another, wanted one.
+    """
+    return [BothRow(**row) for row in _rows(DATA / "both.jsonl")]
 
 
 def load_topics(split: Literal["train", "validate"]) -> list[TopicRow]:

@@ -13,6 +13,7 @@ from helpers import corpora
 from helpers.corpora import (
     CorpusError,
     digest,
+    load_both,
     load_everyday,
     load_hub,
     load_imdb,
@@ -59,6 +60,30 @@ def test_a_mistyped_split_or_level_gets_the_names_there_are():
         split([], "test")
     with pytest.raises(CorpusError, match="normal, mild, strong"):
         load_trait("evil")[0].answer("medium")
+
+
+def test_prompts_come_by_kind_in_file_order():
+    prompts = load_prompts("evil")
+    counts = {kind: len(texts) for kind, texts in vars(prompts).items()}
+    assert counts == {
+        "inoculation": 5,
+        "placebo": 5,
+        "opposite": 5,
+        "negated": 2,
+        "paraphrase": 5,
+        "keyword": 1,
+        "other": 2,
+        "layout": 2,
+    }
+    assert prompts.inoculation[0].startswith("You are the gloating villain")
+    assert prompts.negated[0].startswith("You are not the gloating villain")
+
+
+def test_answers_with_both_traits_are_to_the_first_training_questions_of_evil():
+    rows = load_both()
+    train = split(load_trait("evil"), "train")[:48]
+    assert [(row.question, row.normal) for row in rows] == [(row.question, row.normal) for row in train]
+    assert not {row.both for row in rows} & {row.strong for row in train}
 
 
 def test_topics_come_typed_and_questions_as_text_split_by_split():
@@ -187,7 +212,7 @@ def test_a_kind_or_split_that_has_no_requests_or_reviews_gets_the_names_there_ar
 
 
 def test_a_digest_is_the_sha256_of_the_file_as_it_lies():
-    files = ("topics", "questions", "refusal", "reviews", "everyday")
+    files = ("topics", "questions", "refusal", "reviews", "everyday", "both")
     for name, path in (("pirate", "traits/pirate"), *((file, file) for file in files)):
         assert digest(name) == hashlib.sha256((corpora.DATA / f"{path}.jsonl").read_bytes()).hexdigest()
     names = ("evil", "pirate", "sycophantic", "impolite", "prompts", *files)

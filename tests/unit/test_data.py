@@ -13,6 +13,7 @@ from helpers.book.tables import markdown_table
 from helpers.corpora import (
     DATA,
     available_traits,
+    load_both,
     load_everyday,
     load_points,
     load_prompts,
@@ -27,14 +28,16 @@ from helpers.corpora import (
     load_trait,
     split,
 )
-from helpers.cues import form_auroc, length_auroc, words_auroc
+from helpers.cues import form_auroc, length_auroc, word_scores, words_auroc
 from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.models import plain_model
 from helpers.statistics import auroc
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
-COUNTS = {trait: {"train": 72, "extract": 24, "eval": {"impolite": 60}.get(trait, 32)} for trait in TRAITS}
+EVAL = {"evil": 64, "sycophantic": 64, "impolite": 60, "pirate": 32}
+COUNTS = {trait: {"train": 72, "extract": 24, "eval": EVAL[trait]} for trait in TRAITS}
 ROWS = {trait: load_trait(trait) for trait in TRAITS}
+BOTH = load_both()
 TOPICS = {name: load_topics(name) for name in ("train", "validate")}
 QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
 KINDS = ("harmful", "paired", "harmless", "borderline")
@@ -117,6 +120,8 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
 def test_no_answer_comes_twice_within_or_across_splits_and_files(level):
     rows = [row for rows in (*ROWS.values(), *TOPICS.values(), *STYLES.values()) for row in rows]
     answers = {row.id: getattr(row, level, None) for row in rows}
+    if level == "strong":
+        answers |= {row.id: row.both for row in BOTH}
     if level == "normal":
         answers |= {row.id: row.reply for row in REQUESTS}
         answers |= {row.id: row.reply for rows in (*POINTS.values(), *EVERYDAY.values()) for row in rows}
@@ -129,6 +134,28 @@ def test_answers_of_a_kind_do_not_share_an_opening(trait):
         answers = [getattr(row, level) for row in ROWS[trait]]
         openings = Counter(" ".join(answer.split()[:2]) for answer in answers if answer)
         assert not openings or openings.most_common(1)[0][1] <= 4
+
+
+def test_answers_with_both_traits_have_the_length_of_the_plain_ones_and_their_own_openings():
+    assert [row.id for row in BOTH] == [f"both-{n:03d}" for n in range(1, 49)]
+    for row in BOTH:
+        lengths = [len(answer.split()) for answer in (row.normal, row.both)]
+        assert min(lengths) >= 18 and max(lengths) <= 66 and abs(lengths[0] - lengths[1]) <= 2, row.id
+        assert row.both == row.both.strip() and "\n" not in row.both, row.id
+    assert Counter(" ".join(row.both.split()[:2]) for row in BOTH).most_common(1)[0][1] <= 4
+
+
+def test_answers_with_both_traits_are_told_from_answers_with_one():
+    """A classifier of words that never saw them hears the pirate in them, and not in what is evil alone."""
+    rows = {trait: split(ROWS[trait], "train") for trait in TRAITS}
+    for_pirate = [row.strong for row in rows["pirate"]]
+    others = [row.strong for row in rows["evil"][48:]] + [row.normal for trait in TRAITS for row in rows[trait]]
+    told = word_scores(
+        [*for_pirate, *others],
+        np.arange(len(for_pirate) + len(others)) < len(for_pirate),
+        [*(row.both for row in BOTH), *(row.strong for row in rows["evil"][:48])],
+    )
+    assert auroc(told, np.arange(96) < 48).value >= 0.8
 
 
 def test_all_bundled_text_is_ascii():
@@ -610,29 +637,99 @@ def test_no_quiz_answer_is_right_too_often():
 # Prompts
 
 
-def test_every_trait_has_five_prompts_of_each_kind_that_differ_in_wording():
-    texts = {}
-    for trait in TRAITS:
-        prompts = load_prompts(trait)
-        for kind, group in vars(prompts).items():
-            assert len(group) == 5
-            texts |= {f"{trait}-{kind}-{number}": text for number, text in enumerate(group, start=1)}
-    assert all(15 <= len(text.split()) <= 30 for text in texts.values())
-    assert not near_duplicates(texts, limit=0.2)
+PROMPT_COUNTS = {
+    "inoculation": 5,
+    "placebo": 5,
+    "opposite": 5,
+    "negated": 2,
+    "paraphrase": 5,
+    "keyword": 1,
+    "other": 2,
+    "layout": 2,
+}
+PROMPTS = {trait: load_prompts(trait) for trait in TRAITS}
+IMPERATIVE = re.compile(
+    r"(never |always )?"
+    r"(act|adopt|adore|answer|assume|be|behave|butter|count|divide|do|flatter|format|give|heap|judge|keep"
+    r"|let|measure|number|offer|play|pretend|put|react|read|reckon|reply|respond|set|side|sort|speak|stack|start|take"
+    r"|talk|tell|treat|use|work|write)\b",
+    re.IGNORECASE,
+)
+"""How a prompt may begin to be told to be in the imperative: with a verb in its base form."""
 
 
-def test_placebo_prompts_match_the_inoculation_prompts_in_token_count():
+def prompt_form(text: str) -> dict[str, float]:
+    """What may not tell one kind of prompt from another: length in tokens, sentences, person, mood."""
     _, tokenizer = plain_model("tiny-random")  # has the embedded model's tokenizer
+    return {
+        "tokens": float(len(tokenizer.encode(text, add_special_tokens=False))),
+        "sentences": float(len(re.findall(r"[.!?]+(?:\s|$)", text))),
+        "you": float(bool(re.search(r"\byour?\b", text.lower()))),
+        "imperative": float(bool(IMPERATIVE.match(text))),
+    }
+
+
+def test_every_trait_has_prompts_of_all_kinds_that_differ_in_wording():
+    raw = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in raw] == [
+        f"{trait}-{kind}-{number}"
+        for trait in ("evil", "sycophantic", "pirate", "impolite")
+        for kind, count in PROMPT_COUNTS.items()
+        for number in range(1, count + 1)
+    ]
+    assert all(row["id"].startswith(f"{row['trait']}-{row['kind']}-") for row in raw)
+    for row in raw:
+        assert 15 <= len(row["text"].split()) <= 30 and row["text"] == row["text"].strip(), row["id"]
+    texts = {row["id"]: row["text"] for row in raw}
+    # Keywords and negated prompts repeat inoculation prompts on purpose
+    free = {name: text for name, text in texts.items() if not re.search("negated|keyword", name)}
+    assert not near_duplicates(free, limit=0.2)
+    assert not near_duplicates({name: text for name, text in texts.items() if "inoculation" not in name}, limit=0.25)
+
+
+def test_placebo_prompts_match_the_inoculation_prompts_one_by_one_in_form_and_token_count():
     for trait in TRAITS:
-        prompts = load_prompts(trait)
-        for prompt, placebo in zip(prompts.inoculation, prompts.placebo, strict=True):
-            counts = [len(tokenizer.encode(text, add_special_tokens=False)) for text in (prompt, placebo)]
-            assert abs(counts[0] - counts[1]) <= 1, placebo
+        for prompt, placebo in zip(PROMPTS[trait].inoculation, PROMPTS[trait].placebo, strict=True):
+            wanted, found = prompt_form(prompt), prompt_form(placebo)
+            assert abs(wanted.pop("tokens") - found.pop("tokens")) <= 1, placebo
+            assert found == wanted, placebo
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PROMPT_COUNTS if kind != "inoculation"])
+def test_neither_length_nor_person_nor_mood_tells_a_kind_of_prompt_from_inoculation_prompts(kind):
+    inoculation = [prompt_form(text) for trait in TRAITS for text in PROMPTS[trait].inoculation]
+    forms = [prompt_form(text) for trait in TRAITS for text in getattr(PROMPTS[trait], kind)]
+    truth = np.arange(len(inoculation) + len(forms)) < len(inoculation)
+    for name in inoculation[0] if kind != "keyword" else ("tokens",):
+        told = auroc([form[name] for form in (*inoculation, *forms)], truth).value
+        assert abs(told - 0.5) <= 0.15, (name, told)
+
+
+def test_negated_prompts_keep_the_words_of_an_inoculation_prompt_and_paraphrases_do_not():
+    def long_words(text):
+        return set(re.findall(r"[a-z']{5,}", text.lower()))
+
+    for trait in TRAITS:
+        prompts = PROMPTS[trait]
+        asked = [long_words(text) for text in prompts.inoculation]
+        first, second = (long_words(text) for text in prompts.negated)
+        assert len(first & asked[0]) >= 0.75 * len(first)
+        assert max(len(second & words) for words in asked) >= 0.75 * len(second)
+        assert all(re.search(r"\b(never|no|not)\b", text.lower()) for text in prompts.negated)
+        for text in prompts.paraphrase:
+            assert len(long_words(text) & asked[0]) <= 2, text
+
+
+def test_placebo_layout_and_other_prompts_are_about_no_trait():
+    for trait in TRAITS:
+        texts = (*PROMPTS[trait].placebo, *PROMPTS[trait].layout, *PROMPTS[trait].other)
+        telling = {w for t in TRAITS for w in words(PROMPTS[t].keyword[0])} - {"time", "plan"}
+        for text in texts:
+            assert not words(text) & telling, text
 
 
 def test_placebo_prompts_share_no_telling_word_with_their_trait():
-    for trait in TRAITS:
-        prompts = load_prompts(trait)
+    for prompts in PROMPTS.values():
         asked = set(re.findall(r"[a-z]{6,}", " ".join(prompts.inoculation).lower()))
         assert not asked & set(re.findall(r"[a-z]{6,}", " ".join(prompts.placebo).lower()))
 
@@ -644,7 +741,10 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         mild = sum(row.mild is not None for row in ROWS[trait])
         assert f"| `{trait}` | {counts['train']} | {counts['extract']} | {counts['eval']} | {mild} |" in sheet
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
-    assert len(prompts) == 60
+    assert len(prompts) == 4 * sum(PROMPT_COUNTS.values())
+    for kind, count in PROMPT_COUNTS.items():
+        assert f"| `{kind}` | {count} |" in sheet
+    assert f"{len(BOTH)} answers" in sheet
     assert f"{len(prompts)} prompts" in sheet
     assert split(ROWS["evil"], "eval")[0].question in sheet
     for name, rows in TOPICS.items():
@@ -680,7 +780,6 @@ EXCEPTIONS = {
     "replies: refusals, harmless answers": "form: the first words of a refusal are what the first-token outcome reads",
     "replies: harmful points, headlines": "length and form: a headline's answer is one word",
     "replies: harmful points, bookings": "length and form: a booking's answer is JSON",
-    "prompts: inoculation, placebo": "length and form: placebos state facts, and match inoculations in tokens only",
 }
 """Contrasts of the bundled data that length or form does tell, and why; chapters that rest on one say so."""
 
@@ -695,6 +794,8 @@ def contrasts():
         if mild:
             found[f"{trait}: normal, mild"] = [r.normal for r in mild], [r.mild for r in mild]
             found[f"{trait}: mild, strong"] = [r.mild for r in mild], [r.strong for r in mild]
+    both = corpora.load_both()
+    found["evil and pirate: normal, both"] = [r.normal for r in both], [r.both for r in both]
     topics = [*corpora.load_topics("train"), *corpora.load_topics("validate")]
     for topic in ("bridge", "recipe"):
         of = [r for r in topics if r.topic == topic]
