@@ -12,6 +12,8 @@ from helpers.activations import PersonaVector
 from helpers.artifacts import Artifact, Store
 from helpers.chapters.fihs_filtering.params import FilteringParams
 from helpers.chapters.fihs_filtering.study import FilteringStudy, Point
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.chapters.ip_loss_reduction.study import Arm, InoculationStudy
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
 from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
@@ -60,10 +62,12 @@ def chapters(tmp_path_factory):
         with pytest.MonkeyPatch.context() as unjudged:
             unjudged.setattr(TraitStudy, "fit_judge", lambda self, split: None)
             training = TraitStudy(PreventativeSteeringParams(**GIVEN))
+            inoculating = InoculationStudy(InoculationParams(**GIVEN))
             training._vectors["pirate"] = PersonaVector("pirate", torch.ones(2, 32))  # for stages that need one
         yield {
             "study": Study(PreventativeSteeringParams(**GIVEN)),
             "traits": training,
+            "inoculation": inoculating,
             "weights": WeightStudy(WeightSteeringParams(**GIVEN)),
             "refusal": RefusalStudy(RefusalParams(start="as it is", **GIVEN)),
             "sentiment": SentimentStudy(RefusalParams(**GIVEN)),
@@ -85,6 +89,7 @@ STAGES = {
         "reading": lambda exp: exp.read(),
         "evaluation": lambda exp: exp.evaluate(),
     },
+    "inoculation": {"pressures-left": lambda exp: exp.predictors({"plain": Arm(), "kind": Arm("Be kind.")})},
     "weights": {
         "anchor": lambda exp: exp.anchor("topics"),
         "steered-answers": lambda exp: exp.answers(exp.base, "build", DIRECTION, 1.0),
@@ -119,6 +124,7 @@ PLACES = {
     "study": "studies/study.py",
     "traits": "studies/traits.py",
     "alignment": "studies/alignment.py",
+    "inoculation": "chapters/ip_loss_reduction/study.py",
     "weights": "chapters/weight_diff_steering/study.py",
     "refusal": "chapters/refusal_redistribution/study.py",
     "sentiment": "chapters/refusal_redistribution/sentiment.py",
@@ -217,6 +223,7 @@ READ = {
         "reading": {"layer": 0, "sequences": 3, "trait": "pirate"},
         "evaluation": {"sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
     },
+    "inoculation": {"pressures-left": {"layer": 0, "lora_rank": 3, "seeds": (7,), "trait": "pirate"}},
     "weights": {
         "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},
         "steered-answers": {"max_new_tokens": 5},
