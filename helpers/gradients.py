@@ -116,10 +116,14 @@ def activation_gradients(
     with applied(model, *interventions, Capture(layers, kept, share_prefix)):
         losses = sequence_losses(model, batch)
         own = torch.autograd.grad(losses.sum(), [kept[layer] for layer in layers])
-    length = batch.ids.shape[1]
-    found = [torch.nn.functional.pad(g, (0, 0, length - g.shape[1], 0)) for g in own]  # [batch, pos, d_model]
+    found = [_whole(g, batch.ids.shape[1]) for g in own]
     mask = batch.predicting if tokens == "response" else batch.attention
     return ActivationGradients(dict(zip(layers, found, strict=True)), mask, losses.detach())
+
+
+def _whole(gradient: Float[Tensor, "batch rest d_model"], length: int) -> Float[Tensor, "batch pos d_model"]:
+    """With zeros where what all rows begin with was read apart."""
+    return torch.nn.functional.pad(gradient, (0, 0, length - gradient.shape[1], 0))
 
 
 def loss_at(

@@ -47,6 +47,7 @@ def pressure_left(defended: Gradient, plain: Gradient, along: Gradient) -> float
     """
 
     def product(one: Gradient, other: Gradient) -> float:
-        return float(sum(torch.sum(one[name].double() * other[name].double()) for name in along))
+        parts = [torch.sum(one[n].double() * other[n].double()) for n in along]
+        return float(sum(parts))
 
     return product(defended, along) / product(plain, along)
