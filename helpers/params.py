@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from helpers import corpora
+from helpers.registry import REGISTRY
 
 Preset = Literal["tiny", "quick", "full", "paper"]
 
@@ -31,7 +32,7 @@ P = TypeVar("P", bound="Params")  # not Self, which the type checks under test d
 
 PROJECT = Path(__file__).resolve().parent.parent
 TRAITS = PROJECT / "data" / "traits"
-KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
+KNOWN_LAYERS = {card.name: card.layers for card in REGISTRY.values()}
 
 Layer = Annotated[int, Field(ge=0, le=200)]
 Coefficient = Annotated[float, Field(ge=-64, le=64, allow_inf_nan=False)]

