@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from helpers import corpora
-from helpers.registry import REGISTRY
+from helpers.registry import ORIGINAL, REGISTRY
 
 Preset = Literal["tiny", "quick", "full", "paper"]
 
@@ -120,7 +120,8 @@ class Params(BaseModel):
         if str(preset) not in cls.presets:
             raise ParameterError(f"There is no preset {shortened(preset)}{nearest(preset, cls.presets)}")
         usual = cls.presets[preset]
-        fitting = cls.for_models.get(str(values.get("model", usual["model"])), {})
+        model = str(values.get("model", usual["model"])).removesuffix(ORIGINAL)
+        fitting = cls.for_models.get(model, {})
         everywhere = {name: value for name, value in fitting.items() if name not in cls.presets}
         return {**usual, **everywhere, **fitting.get(preset, {}), **values}
 
