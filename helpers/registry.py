@@ -52,6 +52,8 @@ class ModelCard:
     """What its weights are stored in."""
     stored: int = 0
     """Bytes that they take in the store."""
+    openers: tuple[str, ...] = ("I",)
+    """First tokens of its own refusals: those that begin one among its greedy answers to validation requests."""
     gguf: GGUF | None = None
 
     @property
@@ -85,7 +87,7 @@ def _read(path: Path) -> dict[str, ModelCard]:
         gguf = entry.pop("gguf", None)
         if gguf is not None:
             gguf = GGUF(**{**gguf, "wheels": tuple(gguf.get("wheels", ()))})
-        cards[name] = ModelCard(name, gguf=gguf, **entry)
+        cards[name] = ModelCard(name, gguf=gguf, openers=tuple(entry.pop("openers", ("I",))), **entry)
     return cards
 
 
