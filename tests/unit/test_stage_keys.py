@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import artifacts, dependencies, registry
+from helpers import artifacts, dependencies, models, registry
 from helpers.artifacts import Artifact, Store
 from helpers.chapters.fihs_filtering.params import FilteringParams
 from helpers.chapters.fihs_filtering.study import FilteringStudy, Point
