@@ -116,7 +116,8 @@ def activation_gradients(
         losses = sequence_losses(model, batch)
         own = torch.autograd.grad(losses.sum(), [kept[layer] for layer in layers])
     length = batch.ids.shape[1]
-    found = [torch.nn.functional.pad(g, (0, 0, length - g.shape[1], 0)) for g in own]  # [batch, pos, d_model]
+    # [batch, pos, d_model]
+    found = [torch.nn.functional.pad(g, (0, 0, length - g.shape[1], 0)) for g in own]
     mask = batch.predicting if tokens == "response" else batch.attention
     return ActivationGradients(dict(zip(layers, found, strict=True)), mask, losses.detach())
 
