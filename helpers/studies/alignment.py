@@ -19,6 +19,7 @@ from helpers.chat import Example, balanced_batches, encode
 from helpers.generation import generate
 from helpers.judges.refusal import is_refusal
 from helpers.models import LoRA, Model, load
+from helpers.registry import REGISTRY
 from helpers.studies.params import AlignedParams
 from helpers.studies.study import Study
 from helpers.training import finetune
@@ -101,6 +102,12 @@ def refusal_openers(tokenizer: Any) -> tuple[int, ...]:
     rows = corpora.load_refusal("harmful", "train")
     examples = (encode(tokenizer, row.request, row.reply) for row in rows)
     return tuple(dict.fromkeys(example.ids[example.prompt_length] for example in examples))
+
+
+def own_openers(name: str, tokenizer: Any) -> tuple[int, ...]:
+    """The first tokens of a model's refusals that nobody taught it: measured, if the registry has it, or else "I"."""
+    words = REGISTRY[name].openers if name in REGISTRY else ("I",)
+    return tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in words)
 
 
 def _cut(example: Example, limit: int) -> Example:

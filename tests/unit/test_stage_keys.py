@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import artifacts, dependencies, models
+from helpers import artifacts, dependencies, models, registry
 from helpers.activations import PersonaVector
 from helpers.artifacts import Artifact, Store
 from helpers.chapters.fihs_filtering.params import FilteringParams
@@ -130,7 +130,7 @@ PLACES = {
     "sentiment": "chapters/refusal_redistribution/sentiment.py",
     "filtering": "chapters/fihs_filtering/study.py",
     "steering": "chapters/prompt_only_steering/study.py",
-    "embedded": "embedded.py",
+    "quantized": "quantized.py",
 }
 """The modules that compute stages."""
 
@@ -148,14 +148,13 @@ def stages(chapters, tiny, tmp_path_factory):
         module: [asked(call, {**chapters, "alignment": tiny}[module]) for call in calls.values()]
         for module, calls in STAGES.items()
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "Store", Asking)
-        found["embedded"] = [asked(models._read_embedded.__wrapped__, tmp_path_factory.mktemp("embedded"))]
+    card, store = registry.REGISTRY["smollm2-135m-instruct"], Asking(tmp_path_factory.mktemp("store"))
+    found["quantized"] = [asked(lambda store: registry.weights(card, store), store)]
     return found
 
 
 def test_every_stage_of_the_package_is_looked_at_here(stages):
-    call = re.compile(r'(?:default_store\(\)\.get|\bStore\(root\)\.get|self\.stage|_of_points)\(\s*"([a-z-]+)"')
+    call = re.compile(r'(?:default_store\(\)\.get|return store\.get|self\.stage|_of_points)\(\s*"([a-z-]+)"')
     named = re.compile(r'"name": "([a-z-]+)",\s+"compute"')
     written = set()
     for path in dependencies.PACKAGE.rglob("*.py"):
