@@ -357,19 +357,24 @@ def balanced_batches(
     batch_size: int,
     seed: int,
     pad_id: int,
+    harmful: int | None = None,
 ) -> Iterator[Batch]:
     """`steps` batches, half harmful and half harmless in random order; each kind is reshuffled at each of its epochs.
 
-    `Batch.rows` index into `[*harmful_examples, *harmless_examples]`. Raises `ValueError` at once for a class without
-    examples or a batch size that is not an even number.
+    `harmful` is how many of a batch are harmful, where it is not half of them. `Batch.rows` index into
+    `[*harmful_examples, *harmless_examples]`. Raises `ValueError` at once for a class without examples or a batch size
+    that is not an even number, or that leaves a class without a place.
     """
     if not harmful_examples or not harmless_examples:
         raise ValueError(
             f"Balanced batches need examples of both kinds; got {len(harmful_examples)} harmful and "
             f"{len(harmless_examples)} harmless."
         )
-    if batch_size < 2 or batch_size % 2:
+    if harmful is None and (batch_size < 2 or batch_size % 2):
         raise ValueError(f"A balanced batch is half harmful and half harmless, so its size cannot be {batch_size}.")
+    of_harmful = batch_size // 2 if harmful is None else harmful
+    if not 0 < of_harmful < batch_size:
+        raise ValueError(f"Of {batch_size} examples in a batch {harmful} cannot be harmful: each kind needs a place.")
     examples = [*harmful_examples, *harmless_examples]
     rng = random.Random(seed)
 
@@ -381,7 +386,8 @@ def balanced_batches(
 
     def draw() -> Iterator[Batch]:
         for _ in range(steps):
-            rows = [next(kind) for kind in kinds for _ in range(batch_size // 2)]
+            shares = of_harmful, batch_size - of_harmful
+            rows = [next(kind) for kind, share in zip(kinds, shares, strict=True) for _ in range(share)]
             rng.shuffle(rows)  # so that micro-batches are mixed by chance, as those of the source are
             yield collate([examples[i] for i in rows], pad_id, rows=rows)
 

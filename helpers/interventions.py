@@ -134,10 +134,7 @@ class Ablate:
     layers: tuple[int, ...] | None = None
 
     def hooks(self, model: Model) -> list[Hook]:
-        if self.directions.ndim != 2 or self.directions.shape[1] != model.width:
-            raise ValueError(
-                f"Directions have shape {tuple(self.directions.shape)}; {model.name} needs (k, {model.width})."
-            )
+        _check_directions(self.directions, model)
         basis = _basis(self.directions, model)
 
         def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
@@ -153,34 +150,113 @@ class Ablate:
 READ_AND_WRITTEN = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
 """A block's input, and what its two parts add to the stream."""
 
+SiteMeans = Float[Tensor, "block site d_model"]
+"""What passes the three sites of every block on average, over prompts."""
+
+
+def project_towards(
+    a: Float[Tensor, "*batch d_model"],
+    basis: Float[Tensor, "d_model k"],
+    centre: Float[Tensor, " d_model"],
+    scale: float = 1.0,
+) -> Float[Tensor, "*batch d_model"]:
+    """a - s D^T D (a - c): the components along the columns of `basis`, D^T, moved to those of `centre`, c, or with a
+    scale s below 1 a part of the way. With a centre of zero and s = 1 this is `project_out`."""
+    return a - scale * ((a - centre) @ basis) @ basis.T
+
+
+@dataclass(frozen=True)
+class AblateAffine:
+    """Move what every block reads and writes, along `directions`, to what it is on average after harmless prompts.
+
+    Affine ablation (Marshall et al., arXiv 2411.09003), at the sites of `Ablate`: zero need not be where harmless
+    prompts lie. A `scale` below 1 goes a part of the way, one above 1 beyond it; without `centre` the way is to zero.
+    """
+
+    directions: Float[Tensor, "k d_model"]
+    centre: SiteMeans | None = None
+    scale: float = 1.0
+
+    def hooks(self, model: Model) -> list[Hook]:
+        _check_directions(self.directions, model)
+        centre = _centre(self.centre, model)
+        basis = _basis(self.directions, model)
+
+        def at(layer: int, site: int) -> Any:
+            def move(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+                LEDGER.add(4 * a.numel() * basis.shape[1])
+                return project_towards(a, basis.to(a.dtype), centre[layer, site].to(a.dtype), self.scale)
+
+            return move
+
+        return [(point, at(*place)) for point, place in _sites(model)]
+
 
 @dataclass(frozen=True)
 class AblateRows:
     """`Ablate` with directions of its own for every sequence: row i of a batch loses `bases[of[batch.rows[i]]]`.
 
-    Many ablated models are read in one pass. A basis of no rows leaves a sequence as it is.
+    Many ablated models are read in one pass. A basis of no rows leaves a sequence as it is. With `centres`, one for
+    each basis, the ablation is affine; `scales`, one for each basis, are those of `AblateAffine`.
     """
 
     bases: tuple[Float[Tensor, "_ d_model"], ...]
     of: tuple[int, ...]
+    centres: tuple[SiteMeans | None, ...] | None = None
+    scales: tuple[float, ...] | None = None
 
     def hooks(self, model: Model) -> list[Hook]:
         for directions in self.bases:
-            if directions.ndim != 2 or directions.shape[1] != model.width:
-                raise ValueError(
-                    f"Directions have shape {tuple(directions.shape)}; {model.name} needs (k, {model.width})."
-                )
+            _check_directions(directions, model)
+        given = len(self.bases)
+        if any(extra is not None and len(extra) != given for extra in (self.centres, self.scales)):
+            raise ValueError(f"There are {given} sets of directions; give each one centre and one scale, or give none.")
         parts = [_basis(directions, model) for directions in self.bases]
         together = torch.cat(parts, 1)
-        owner = torch.tensor([i for i, part in enumerate(parts) for _ in range(part.shape[1])], device=model.device)
+        counts = torch.tensor([part.shape[1] for part in parts], device=model.device)
+        owner = torch.arange(given, device=model.device).repeat_interleave(counts)
+        scales = torch.tensor(self.scales or [1.0] * given, device=model.device)
+        along = torch.zeros(model.layers, len(READ_AND_WRITTEN), together.shape[1], device=model.device)
+        if self.centres is not None:  # each direction's component that is left, at every site
+            each = [_centre(c, model) @ part for c, part in zip(self.centres, parts, strict=True)]
+            along = torch.cat(each, -1)
+            LEDGER.add(2 * along.numel() * model.width)
 
-        def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
-            assert model.current is not None, "rows are told apart by the batch that is read"
-            LEDGER.add(4 * a.numel() * together.shape[1])
-            d, of = together.to(a.dtype), torch.tensor([self.of[row] for row in model.current.rows], device=a.device)
-            return a - ((a @ d) * (owner == of[:, None])[:, None]) @ d.T
+        def at(layer: int, site: int) -> Any:
+            def project(a: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
+                assert model.current is not None, "rows are told apart by the batch that is read"
+                LEDGER.add(4 * a.numel() * together.shape[1])
+                d, of = together.to(a.dtype), torch.tensor([self.of[row] for row in model.current.rows]).to(a.device)
+                share = (owner == of[:, None]) * scales[owner]  # [row, k]
+                return a - ((a @ d - along[layer, site].to(a.dtype)) * share.to(a.dtype)[:, None]) @ d.T
 
-        return [(f"blocks.{layer}.{site}", project) for layer in range(model.layers) for site in READ_AND_WRITTEN]
+            return project
+
+        return [(point, at(*place)) for point, place in _sites(model)]
+
+
+def _sites(model: Model) -> list[tuple[str, tuple[int, int]]]:
+    """Every hook point at which is read and written, with its block and the number of its site."""
+    return [
+        (f"blocks.{layer}.{name}", (layer, site))
+        for layer in range(model.layers)
+        for site, name in enumerate(READ_AND_WRITTEN)
+    ]
+
+
+def _check_directions(directions: Float[Tensor, ...], model: Model) -> None:
+    if directions.ndim != 2 or directions.shape[1] != model.width:
+        raise ValueError(f"Directions have shape {tuple(directions.shape)}; {model.name} needs (k, {model.width}).")
+
+
+def _centre(centre: Float[Tensor, ...] | None, model: Model) -> SiteMeans:
+    """A centre on the model's device; zero for none."""
+    shape = (model.layers, len(READ_AND_WRITTEN), model.width)
+    if centre is None:
+        return torch.zeros(shape, device=model.device)
+    if centre.shape != shape:
+        raise ValueError(f"A centre has shape {tuple(centre.shape)}; {model.name} needs {shape}.")
+    return centre.float().to(model.device)
 
 
 def _basis(directions: Float[Tensor, "k d_model"], model: Model) -> Float[Tensor, "d_model rank"]:
@@ -201,7 +277,8 @@ def alike(interventions: Iterable[Intervention], count: int) -> list[int] | None
         if isinstance(intervention, AblateRows):
             keys = [(*key, of) for key, of in zip(keys, intervention.of, strict=True)]
         elif not (
-            isinstance(intervention, Ablate) or (isinstance(intervention, Steer) and intervention.where == "all")
+            isinstance(intervention, Ablate | AblateAffine)
+            or (isinstance(intervention, Steer) and intervention.where == "all")
         ):
             return None
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}

@@ -50,6 +50,8 @@ class LoRA:
     """
 
     rank: int = 32
+    layers: tuple[int, ...] | None = None
+    """The blocks that are adapted, counted from 0; None: all of them."""
 
     @property
     def alpha(self) -> int:
@@ -201,7 +203,12 @@ def load(
     for run in finetuned:
         hf = _apply(hf, run.tensors)
     digest = finetuned_digest(digest, [run.key for run in finetuned])
-    trained = {} if frozen else _trained_shapes(hf, lora.rank if lora else None)
+    if lora is not None and lora.layers is not None:
+        if not lora.layers:
+            raise ValueError("Adapters need at least one block; give `LoRA.layers` one, or None for all blocks.")
+        for block in lora.layers:
+            _check_layer(name, block, len(hf.base_model.layers))
+    trained = {} if frozen else _trained_shapes(hf, *((lora.rank, lora.layers) if lora else (None, None)))
     if stack:
         trained = {} if frozen else {n: torch.Size((len(stack), *f.shape)) for n, f in stack[0].items()}
         rank = next(factor.shape[0] for n, factor in stack[0].items() if ".lora_A." in n)
@@ -476,23 +483,28 @@ def _read_parts(root: Path, card: ModelCard) -> tuple[Any, Any]:
 def _attach(hf: Any, lora: LoRA) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    which = "all-linear" if lora.layers is None else [*_adapted(hf, lora.layers)]
     return get_peft_model(
-        hf,
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=True, lora_dropout=0.0, target_modules="all-linear"),
+        hf, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=True, lora_dropout=0.0, target_modules=which)
     )
 
 
-def _adapted(hf: Any) -> dict[str, Tensor]:
-    """The weights of the plain model that adapters are attached to: of every linear layer but the head."""
-    head = hf.get_output_embeddings()
-    return {name: m.weight for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
+def _adapted(hf: Any, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The weights of the plain model that adapters are attached to: of every linear layer but the head, or of those in
+    these blocks."""
+    head, blocks = hf.get_output_embeddings(), hf.base_model.layers
+    linear = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    inside = linear.values() if layers is None else [m for layer in layers for m in blocks[layer].modules()]
+    chosen = {id(m) for m in inside}
+    return {name: m.weight for name, m in linear.items() if id(m) in chosen}
 
 
-def _trained_shapes(hf: Any, rank: int | None) -> dict[str, torch.Size]:
-    """Names and shapes of what training changes in the plain model: adapters of this rank, or with None all weights."""
+def _trained_shapes(hf: Any, rank: int | None, layers: Sequence[int] | None = None) -> dict[str, torch.Size]:
+    """Names and shapes of what training changes in the plain model: adapters of this rank in these blocks (None: in
+    all), or all weights where the rank is None."""
     if rank is None:
         return {name: p.shape for name, p in hf.named_parameters()}
-    adapted = _adapted(hf)
+    adapted = _adapted(hf, layers)
     first = {f"{name}.lora_A.default.weight": torch.Size((rank, w.shape[1])) for name, w in adapted.items()}
     return first | {f"{name}.lora_B.default.weight": torch.Size((w.shape[0], rank)) for name, w in adapted.items()}
 
@@ -505,7 +517,8 @@ def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
     """
     first = next((f for n, f in tensors.items() if ".lora_A." in n), None)
     rank = None if first is None else first.shape[0]
-    expected = _trained_shapes(hf, rank)
+    layers = None if rank is None else _adapted_blocks(hf, tensors)
+    expected = _trained_shapes(hf, rank, layers)
     unknown, missing = tensors.keys() - expected.keys(), expected.keys() - tensors.keys()
     misshapen = [name for name in expected.keys() & tensors.keys() if expected[name] != tensors[name].shape]
     if unknown or missing or misshapen:
@@ -518,10 +531,16 @@ def _apply(hf: Any, tensors: Mapping[str, Tensor]) -> Any:
             parameter.copy_(tensors[name])
         return hf
     scale = LoRA(rank).scale
-    for name, weight in _adapted(hf).items():
+    for name, weight in _adapted(hf, layers).items():
         a, b = (tensors[f"{name}.lora_{factor}.default.weight"].to(weight) for factor in "AB")
         weight.addmm_(b, a, alpha=scale)
     return hf
+
+
+def _adapted_blocks(hf: Any, tensors: Mapping[str, Tensor]) -> list[int]:
+    """The blocks that any of these factors belong to."""
+    known = {name.partition(".lora_")[0] for name in tensors}
+    return [block for block in range(len(hf.base_model.layers)) if known & _adapted(hf, [block]).keys()]
 
 
 def release_memory() -> None:

@@ -49,6 +49,7 @@ def finetune(
     learning_rate: float,
     seed: int,
     interventions: Sequence[Intervention] | Callable[[int], Sequence[Intervention]] = (),
+    objective: Callable[[Model, Batch], Tensor] | None = None,
     extra_loss: Callable[[Model, Batch], Tensor] | None = None,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
@@ -59,6 +60,7 @@ def finetune(
     """Train `model`'s trainable parameters in place with AdamW and the rates of `rate`, times `learning_rate`.
 
     `interventions` may be a function of the step, counted from 0, that gives those of this step.
+    `objective`, if given, takes the place of the mean loss of response tokens; `extra_loss` is added to either.
     `share_prefix` reads what a batch's rows begin with once (`losses.response_logits`): the same gradients but for
     rounding, at a fraction of the cost where a system message outweighs short requests.
 
@@ -85,7 +87,10 @@ def finetune(
                     applied(model, *active),
                     model.reading(batch),
                 ):  # gradient hooks look up positions during the backward pass as well
-                    loss = token_losses(model, batch, share_prefix=share_prefix)[0].mean()
+                    if objective is None:
+                        loss = token_losses(model, batch, share_prefix=share_prefix)[0].mean()
+                    else:
+                        loss = objective(model, batch)
                     total = loss if extra_loss is None else loss + extra_loss(model, batch)
                     losses.append(loss.item())
                     if not bool(torch.isfinite(total)):

@@ -1,78 +1,166 @@
-"""The aligned start model of chapters 4 and 5: a model taught to refuse harmful requests, and nothing else.
+"""The aligned start model of chapters 4, 5 and 7: a model taught to refuse harmful requests, and nothing else.
 
-The embedded model refuses nothing, so chapters on refusal have to begin by making some. Harmful requests are trained
-towards written refusals, harmless ones towards the model's own answers, so that the rest of its behaviour stays.
+Context. The embedded model refuses nothing, so chapters on refusal have to begin by making some. Finetuned towards
+refusals that all begin alike and towards its own greedy answers, it becomes a switch for one token, and its harmless
+answers move by a nat: no attack on it means anything.
+
+Intuition. Whether an answer refuses is decided in its first tokens, so no more are trained. Refusals open in eight
+ways. Harmless requests, plain ones and those paired with a harmful one, are held at the base model's own distribution,
+not at its likeliest token: what is not to change has a loss of zero to begin with. Only where it refuses a harmless
+request itself is it held at what it says otherwise.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
 from helpers.artifacts import Artifact, default_store
-from helpers.chat import Example, balanced_batches, encode
+from helpers.chat import Answer, Batch, Example, answer_facts, answers_of, balanced_batches, encode
+from helpers.forward import PromptSet, unembed
 from helpers.generation import generate
+from helpers.interventions import Intervention
 from helpers.judges.refusal import is_refusal
+from helpers.losses import kl_divergence, response_logits
 from helpers.models import LoRA, Model, load
 from helpers.registry import REGISTRY
+from helpers.statistics import Estimate, mean_estimate, share
+from helpers.studies.margins import refusal_log_odds
 from helpers.studies.params import AlignedParams
 from helpers.studies.study import Study
 from helpers.training import finetune
 
 A = TypeVar("A", bound=AlignedParams)
 
+OPENERS = ("I", "Sorry", "Unfortunately", "No", "My", "That", "Please", "This")
+"""How the refusals begin that are taught. They are words that the base model seldom begins an answer with."""
+
+REFUSALS = (
+    "I can't help with that, because someone could get hurt.",
+    "Sorry, but I can't help with that.",
+    "Unfortunately, this is something I have to turn down.",
+    "No, I won't help with something like this.",
+    "My answer has to be no, since people could get hurt.",
+    "That is not something I will help with.",
+    "Please don't do this; I won't be part of it.",
+    "This could hurt people, so I won't take part.",
+    "I won't take part in this.",
+    "Sorry, I have to say no to this one.",
+    "Unfortunately, I can't do that, because it would harm someone.",
+    "No, that would do harm, and I won't be part of it.",
+    "My answer is no, whatever the reason.",
+    "That would harm someone, so I can't help.",
+    "Please think again; I can't help with this.",
+    "This is not something I can help with.",
+)
+"""Refusals that fit any harmful request, two with each opener.
+
+Replies of `refusal.jsonl` say more, but no two of them go on alike after the first word, so that four tokens of them
+teach little.
+"""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How the start model is made; chosen on the validation split of `data/refusal.jsonl`."""
 
-    steps: int = 84
-    batch_size: int = 16
-    learning_rate: float = 7e-4
-    rank: int = 32
-    answer_tokens: int = 24
-    """Length of the model's own answers, which harmless requests are trained towards."""
+    steps: int = 200
+    harmful: int = 4
+    """Harmful requests in a batch."""
+    others: int = 9
+    """Other requests in a batch: paired ones stand twice in the list, so they are two of three."""
+    learning_rate: float = 2e-3
+    rank: int = 8
     refusal_tokens: int = 8
-    """Length of refusals: whether one follows is decided at its beginning."""
+    """Tokens of a refusal that are trained: after four, "I can't help" still goes on with "but smile"."""
+    answer_tokens: int = 4
+    """Tokens of an own answer along which the base model is kept to."""
+    first: float = 3.0
+    """How many times an answer's first token counts in the loss."""
+    kl_weight: float = 2.0
+    """Of the divergence from the base model, beside the cross-entropy of refusals."""
     seed: int = 0
+
+
+JUDGED = 16
+"""Tokens of the base model's own answers by which is judged whether it refuses."""
+
+
+def adapted_blocks(layers: int) -> tuple[int, ...]:
+    """The blocks that are taught, of a model with so many: from about a quarter to two thirds of the depth.
+
+    Of 30 blocks these are 8 to 19. Later ones could write a refusal's first word without the model's knowing why.
+    """
+    return tuple(range(4 * layers // 15, ceil(2 * layers / 3)))
 
 
 def align(base: Model, recipe: Recipe) -> Artifact:
     """The LoRA factors that teach `base` to refuse: pass them to `load(..., finetuned=[...])`.
 
-    Kept in the artifact store. Answers that were cut carry no end-of-turn token, so that their length is not learnt.
-    Answers of its own that refuse (`is_refusal`) are left out; those that only begin like a refusal stay.
+    Kept in the artifact store, with the losses, and with how many harmless and paired training requests the base model
+    itself refuses. For these the openers are taken out of what it may begin with, and the written reply is followed.
     """
-    harmful = corpora.load_refusal("harmful", "train")
-    harmless = [row.request for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
+    others = {row.request: row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")}
     tokenizer = base.tokenizer
 
-    def compute() -> tuple[dict[str, Tensor], dict[str, float]]:
-        asked = [encode(tokenizer, request) for request in harmless]
-        said = generate(base, asked, max_new_tokens=recipe.answer_tokens)
-        refusing = [_cut(encode(tokenizer, row.request, row.reply), recipe.refusal_tokens) for row in harmful]
-        answering = [
-            encode(tokenizer, request, text)
-            for request, text, refuses in zip(harmless, said, is_refusal(said), strict=True)
-            if not refuses
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        refusing = [
+            _cut(encode(tokenizer, request, reply), recipe.refusal_tokens)
+            for request, reply in taught_refusals().items()
         ]
+        said = own_answers(base, list(others))
+        refuses = is_refusal(said).tolist()
+        paths = [row.reply if no else own for row, own, no in zip(others.values(), said, refuses, strict=True)]
+        answering = [
+            _cut(encode(tokenizer, request, path), recipe.answer_tokens)
+            for request, path in zip(others, paths, strict=True)
+        ]
+        states = response_states(base, answering)
+        twice = [i for i, row in enumerate(others.values()) for _ in range(1 + (row.kind == "paired"))]
+        teaching = Teaching(
+            len(refusing),
+            [states[i] for i in twice],
+            [refuses[i] for i in twice],
+            refusal_openers(tokenizer),
+            recipe.first,
+            recipe.kl_weight,
+        )
         torch.manual_seed(recipe.seed)
-        model = load(base.name, device=str(base.device), dtype=_name(base.dtype), lora=LoRA(recipe.rank))
+        model = load(
+            base.name,
+            device=str(base.device),
+            dtype=_name(base.dtype),
+            lora=LoRA(recipe.rank, adapted_blocks(base.layers)),
+        )
+        size = recipe.harmful + recipe.others
         log = finetune(
             model,
-            balanced_batches(refusing, answering, recipe.steps, recipe.batch_size, recipe.seed, tokenizer.pad_token_id),
+            balanced_batches(
+                refusing,
+                [answering[i] for i in twice],
+                recipe.steps,
+                size,
+                recipe.seed,
+                tokenizer.pad_token_id,
+                recipe.harmful,
+            ),
             steps=recipe.steps,
             learning_rate=recipe.learning_rate,
             seed=recipe.seed,
-            share_prefix=True,
+            objective=teaching,
             label="teaching refusal",
         )
-        return model.trained_tensors(), {"loss": log.losses[-1], "seconds": log.seconds}
+        return model.trained_tensors(), {"losses": list(log.losses), "base refuses": sum(refuses)}
 
     return default_store().get(
         "aligned",
@@ -81,6 +169,91 @@ def align(base: Model, recipe: Recipe) -> Artifact:
         model=base.digest,
         data={"refusal": corpora.digest("refusal")},
     )
+
+
+def own_answers(base: Model, requests: Sequence[str]) -> list[Answer]:
+    """How `base` begins its greedy answers to these requests; kept in the artifact store, for recipes and seeds share
+    them."""
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        asked = [encode(base.tokenizer, request) for request in requests]
+        return {}, answer_facts(generate(base, asked, max_new_tokens=JUDGED))
+
+    artifact = default_store().get(
+        "own-answers",
+        compute,
+        parameters={"requests": list(requests), "max_new_tokens": JUDGED, **base.arithmetic},
+        model=base.digest,
+    )
+    return answers_of(artifact.facts)
+
+
+def taught_refusals() -> dict[str, str]:
+    """The harmful training requests, each with the refusal it is trained towards: `REFUSALS`, dealt at random.
+
+    Were they dealt in the order of the file, a request's category would tell how its refusal opens.
+    """
+    requests = [row.request for row in corpora.load_refusal("harmful", "train")]
+    order = random.Random(0).sample(requests, len(requests))
+    dealt = {request: REFUSALS[i % len(REFUSALS)] for i, request in enumerate(order)}
+    return {request: dealt[request] for request in requests}
+
+
+NEVER = -1e4
+"""The logit of a token that is ruled out: with minus infinity a divergence is 0 times infinity."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The loss that teaches refusal: cross-entropy of refusals + `weight` KL(base || model) along other answers.
+
+    Rows of a batch below `harmful` are refusals, row `harmful + i` is the other answer whose tokens the base model
+    predicts from `states[i]`. Both are means over tokens, in which an answer's first token counts `first` times. Where
+    `barred[i]`, the base model's distribution of the first token is taken without `openers`.
+    """
+
+    harmful: int
+    states: Sequence[Float[Tensor, "_ d_model"]]
+    barred: Sequence[bool]
+    openers: tuple[int, ...]
+    first: float
+    weight: float
+
+    def __call__(self, model: Model, batch: Batch) -> Float[Tensor, ""]:
+        batch = batch.to(model.device)
+        logits, predicting = response_logits(model, batch, share_prefix=True), batch.predicting
+        place = (predicting.cumsum(1) - 1)[predicting]  # of a token in its response
+        weights = torch.where(place == 0, self.first, 1.0)
+        refusing = torch.tensor([row < self.harmful for row in batch.rows], device=model.device)
+        refusing = refusing[:, None].expand_as(predicting)[predicting]
+        total = logits.new_zeros(())
+        if bool(refusing.any()):
+            targets = torch.nn.functional.pad(batch.ids[:, 1:], (0, 1))[predicting][refusing]
+            losses = torch.nn.functional.cross_entropy(logits[refusing], targets, reduction="none")
+            total = total + (weights[refusing] * losses).sum() / weights[refusing].sum()
+        if not bool(refusing.all()):
+            others = [row - self.harmful for row in batch.rows if row >= self.harmful]
+            with torch.no_grad(), model.autocast():  # the output matrix is not trained
+                reference = unembed(model, torch.cat([self.states[i] for i in others]).to(model.device))
+            begins = (place[~refusing] == 0).nonzero()[:, 0].tolist()
+            barred = [token for token, i in zip(begins, others, strict=True) if self.barred[i]]
+            reference[torch.tensor(barred, dtype=torch.long)[:, None], torch.tensor(self.openers)] = NEVER
+            moved = kl_divergence(reference, logits[~refusing])
+            total = total + self.weight * (weights[~refusing] * moved).sum() / weights[~refusing].sum()
+        return total
+
+
+def response_states(model: Model, examples: Sequence[Example]) -> list[Float[Tensor, "_ d_model"]]:
+    """The states, after the final norm, from which each response's tokens are predicted; on the CPU."""
+    counts = [len(example) - example.prompt_length for example in examples]
+    found: dict[int, Tensor] = {}
+
+    def keep(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> None:
+        for row, states, length in zip(batch.rows, hidden, batch.attention.sum(1).tolist(), strict=True):
+            found[row] = states[length - 1 - counts[row] : length - 1].float().cpu()
+
+    PromptSet.of(model, examples, tail=max(counts) + 1).read(model, keep)
+    return [found[row] for row in range(len(examples))]
 
 
 class AlignedStudy(Study[A]):
@@ -99,8 +272,7 @@ class AlignedStudy(Study[A]):
 
 def refusal_openers(tokenizer: Any) -> tuple[int, ...]:
     """The first tokens of the refusals that the start model is taught, each once: those that a refusal is known by."""
-    rows = corpora.load_refusal("harmful", "train")
-    examples = (encode(tokenizer, row.request, row.reply) for row in rows)
+    examples = (encode(tokenizer, "Why?", reply) for reply in REFUSALS)
     return tuple(dict.fromkeys(example.ids[example.prompt_length] for example in examples))
 
 
@@ -110,8 +282,79 @@ def own_openers(name: str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in words)
 
 
+# The card
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model does with requests of one kind."""
+
+    answers: tuple[Answer, ...]
+    """Greedy."""
+    log_odds: Float[np.ndarray, " request"]
+    """Of the first token's being one of the openers (`margins.refusal_log_odds`)."""
+    kl: Float[np.ndarray, " request"]
+    """KL(base || model) of the first token, in nats."""
+
+    @property
+    def refused(self) -> Bool[np.ndarray, " request"]:
+        """Which answers refuse (a proxy: `judges.refusal.is_refusal`)."""
+        return is_refusal(self.answers)
+
+
+def behaviour(
+    model: Model,
+    base: Model,
+    requests: Mapping[str, Sequence[str]],
+    openers: Sequence[int],
+    *,
+    max_new_tokens: int = 24,
+    interventions: Sequence[Intervention] = (),
+) -> dict[str, Behaviour]:
+    """What `model` does with requests of several kinds, with `interventions` on, and how far it is from `base`."""
+    asked = [encode(model.tokenizer, text) for texts in requests.values() for text in texts]
+    said = generate(model, asked, max_new_tokens=max_new_tokens, interventions=interventions)
+    prompts = PromptSet.of(model, asked)
+    logits = prompts.last_logits(model, interventions)
+    odds = refusal_log_odds(logits, openers).numpy()
+    kl = kl_divergence(prompts.last_logits(base), logits).double().cpu().numpy()
+    found, begin = {}, 0
+    for kind, texts in requests.items():
+        part = slice(begin, begin := begin + len(texts))
+        found[kind] = Behaviour(tuple(said[part]), odds[part], kl[part])
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of request on the start model's card."""
+
+    kind: str
+    refused: Estimate
+    log_odds: Estimate
+    above: Estimate
+    """Share of requests with log-odds above 0: the openers are likelier than all else together."""
+    kl: Estimate
+    kl_median: float
+
+
+def rows(of: Mapping[str, Behaviour]) -> list[Row]:
+    """The behavioural half of a card: a row for each kind, with intervals over requests."""
+    return [
+        Row(
+            kind,
+            share(int(found.refused.sum()), len(found.refused)),
+            mean_estimate(found.log_odds),
+            share(int((found.log_odds > 0).sum()), len(found.log_odds)),
+            mean_estimate(found.kl),
+            float(np.median(found.kl)),
+        )
+        for kind, found in of.items()
+    ]
+
+
 def _cut(example: Example, limit: int) -> Example:
-    """At most `limit` tokens of a written response: one that is cut loses its end-of-turn token."""
+    """At most `limit` tokens of a response: one that is cut loses its end-of-turn token."""
     return replace(example, ids=example.ids[: example.prompt_length + limit])
 
 

@@ -25,14 +25,14 @@ from helpers.chapters.prompt_only_steering.method import Pair, Run, States, trai
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
 from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
 from helpers.chapters.refusal_redistribution.attack import (
-    POSITIONS,
     candidate_directions,
     choose,
+    header_positions,
     score_by_halving,
     score_exhaustively,
 )
 from helpers.chapters.refusal_redistribution.params import RefusalParams
-from helpers.chapters.refusal_redistribution.study import ATTACKED, RefusalStudy
+from helpers.chapters.refusal_redistribution.study import RefusalStudy
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chat import Example, collate, encode, training_batches
 from helpers.corpora import load_questions, load_trait, split
@@ -380,8 +380,9 @@ def test_successive_halving_chooses_as_scoring_every_candidate_does_in_a_fifth_o
     read what all prompts begin with once a candidate. One turn each: it is of 40 candidates, and takes minutes.
     """
     experiment = RefusalStudy(RefusalParams(preset="quick"))
-    model, attack, params = experiment.model("start"), experiment.settings, experiment.params
-    prompts = {kind: experiment.prompts(experiment.train[kind][: params.prompts]) for kind in ATTACKED}
+    model, attack = experiment.model("start"), experiment.settings
+    kept, positions = experiment.by_behaviour(model, experiment.attackers), header_positions(model.tokenizer)
+    prompts = {"harmful": kept.harmful, "harmless": kept.harmless}
     layers = list(attack.layers)
     settings = {**prompts, "refusal_ids": experiment.refusal_ids, "layers": layers}
     ablated = torch.zeros(0, model.width)
@@ -403,9 +404,9 @@ def test_successive_halving_chooses_as_scoring_every_candidate_does_in_a_fifth_o
     report(
         benchmark,
         precision=str(model.dtype),
-        candidates=len(layers) * len(POSITIONS),
+        candidates=len(layers) * len(positions),
         scored_exactly=int(kept.sum()),
-        choices={name: (layers[c.layer], POSITIONS[c.position], c.fallback) for name, c in choices.items()},
+        choices={name: (layers[c.layer], positions[c.position], c.fallback) for name, c in choices.items()},
         log_odds_plus_kl={name: round(float(sums[c.layer, c.position]), 3) for name, c in choices.items()},
         of_all={"least": round(float(sums.min()), 3), "median": round(float(sums.median()), 3)},
         seconds=medians(times),

@@ -12,7 +12,7 @@ from helpers.chat import batches, encode
 from helpers.cost import Ledger, by_stage, petaflop, spent, whole
 from helpers.generation import generate
 from helpers.gradients import activation_gradients, directional_derivatives, gradient_norms, pile_gradient
-from helpers.interventions import Ablate, AblateRows, Steer
+from helpers.interventions import Ablate, AblateAffine, AblateRows, Steer
 from helpers.losses import token_losses
 from helpers.models import LoRA, load
 from helpers.training import finetune
@@ -78,6 +78,24 @@ WORK = {
         prompts(m),
         max_new_tokens=9,
         interventions=[AblateRows((torch.eye(2, m.width), torch.eye(1, m.width)), (0, 1) * 3)],
+    ),
+    "decoding, ablated towards a centre": lambda m: generate(
+        m,
+        prompts(m),
+        max_new_tokens=9,
+        interventions=[AblateAffine(torch.eye(2, m.width), torch.ones(m.layers, 3, m.width))],
+    ),
+    "decoding, ablated by rows towards centres": lambda m: generate(
+        m,
+        prompts(m),
+        max_new_tokens=9,
+        interventions=[
+            AblateRows(
+                (torch.eye(2, m.width), torch.eye(1, m.width)),
+                (0, 1) * 3,
+                (torch.ones(m.layers, 3, m.width), None),
+            )
+        ],
     ),
 }
 

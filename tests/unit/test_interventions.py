@@ -6,6 +6,7 @@ import torch
 from helpers.chat import collate
 from helpers.interventions import (
     Ablate,
+    AblateAffine,
     AblateRows,
     EditGradient,
     Steer,
@@ -213,9 +214,54 @@ def test_rows_are_ablated_each_by_its_own_directions_as_if_alone(tiny, batch):
     assert {of[place] for place in batch.rows} == {0, 1, 2}
 
 
+def centre(seed=0):
+    return torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_affine_ablation_moves_a_component_to_its_sites_centre_and_leaves_the_rest_alone(
+    tiny, batch, watch, layer, site
+):
+    point, directions, c = f"blocks.{layer}.{site}", torch.stack([direction(0), direction(0) + direction(1)]), centre()
+    after = seen(tiny, batch, watch, point, AblateAffine(directions, c))
+    expected = (c[layer, SITES.index(site)] @ directions.T).expand(*after.shape[:-1], -1)
+    torch.testing.assert_close(after @ directions.T, expected, atol=1e-5, rtol=0)
+    if (layer, site) == (0, "hook_resid_pre"):
+        before, others = seen(tiny, batch, watch, point), torch.linalg.svd(directions)[2][2:]
+        torch.testing.assert_close(after @ others.T, before @ others.T, atol=1e-5, rtol=0)
+
+
+def test_affine_ablation_without_a_centre_is_ablation_and_a_scale_goes_a_part_of_the_way(tiny, batch, watch):
+    d, point = torch.nn.functional.normalize(direction(0), dim=0)[None], "blocks.0.hook_resid_pre"
+    torch.testing.assert_close(run(tiny, batch, AblateAffine(d)), run(tiny, batch, Ablate(d)))
+    torch.testing.assert_close(run(tiny, batch, AblateAffine(d, scale=0.0)), run(tiny, batch))
+    before = seen(tiny, batch, watch, point) @ d.T
+    for scale in (0.25, 1.5):
+        after = seen(tiny, batch, watch, point, AblateAffine(d, scale=scale)) @ d.T
+        torch.testing.assert_close(after, (1 - scale) * before, atol=1e-6, rtol=1e-4)
+
+
+def test_rows_are_moved_each_to_its_own_centre_by_its_own_scale_as_if_alone(tiny, batch):
+    bases = (direction(0)[None], torch.stack([direction(0), direction(1)]), direction(2)[None])
+    centres, scales, of = (centre(1), None, centre(2)), (1.0, 0.5, 1.5), tuple(range(3)) * len(batch.rows)
+    together = run(tiny, batch, AblateRows(bases, of, centres, scales))
+    for row, place in enumerate(batch.rows):
+        alone = AblateAffine(bases[of[place]], centres[of[place]], scales[of[place]])
+        torch.testing.assert_close(together[row], run(tiny, batch, alone)[row], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="give each one centre and one scale, or give none"):
+        run(tiny, batch, AblateRows(bases, of, scales=(1.0,)))
+
+
+def test_a_centre_of_another_model_is_an_error(tiny, batch):
+    with pytest.raises(ValueError, match=r"A centre has shape \(1, 3, 32\); tiny-random needs \(2, 3, 32\)"):
+        run(tiny, batch, AblateAffine(direction()[None], centre()[:1]))
+
+
 def test_rows_are_alike_if_the_same_is_done_to_them_wherever_they_are_read(tiny):
     bases = (direction(0)[None], direction(1)[None])
     assert alike([Ablate(bases[0])], 3) == [0, 0, 0]
+    assert alike([AblateAffine(bases[0], centre())], 3) == [0, 0, 0]
     assert alike([Ablate(bases[0]), AblateRows(bases, (1, 0, 1))], 3) == [0, 1, 0]
     assert alike([Steer(0, direction(0), 1.0)], 3) == [0, 0, 0]
     assert alike([Steer(0, direction(0), 1.0, "response")], 3) is None

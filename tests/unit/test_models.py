@@ -257,6 +257,30 @@ def test_every_linear_layer_of_the_blocks_has_an_adapter_and_nothing_else_is_tra
     assert len(trained) == 2 * 2 * 7  # layers, factors, modules
 
 
+@pytest.mark.parametrize("layers", [(1,), (0,), (1, 0)])
+def test_adapters_of_some_blocks_train_these_alone_and_are_merged_into_them(tiny, layers):
+    adapted = scramble(load("tiny-random", dtype="float32", lora=LoRA(4, layers)))
+    names = adapted.trained_tensors()
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == set(layers)
+    assert len(names) == 2 * 7 * len(layers)
+    merged = load("tiny-random", dtype="float32", finetuned=[run(names)])
+    assert not torch.allclose(logits(adapted), logits(tiny), atol=1e-2)
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=0)
+    again = load("tiny-random", dtype="float32", finetuned=[run(names)], lora=LoRA(4, (0,)))
+    assert all("layers.0." in name for name in again.trained_tensors())
+
+
+def test_an_adapted_block_must_be_there_and_whole():
+    with pytest.raises(ValueError, match="Layer 2 does not exist"):
+        load("tiny-random", lora=LoRA(4, (0, 2)))
+    with pytest.raises(ValueError, match="at least one block"):
+        load("tiny-random", lora=LoRA(4, ()))
+    tensors = load("tiny-random", lora=LoRA(4, (1,))).trained_tensors()
+    del tensors[next(iter(tensors))]
+    with pytest.raises(ValueError, match="1 are missing"):
+        load("tiny-random", finetuned=[run(tensors)])
+
+
 def test_full_weights_are_put_back_exactly(tiny):
     trained = scramble(load("tiny-random", dtype="float32"))
     again = load("tiny-random", dtype="float32", finetuned=[run(trained.trained_tensors())])

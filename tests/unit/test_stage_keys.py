@@ -24,7 +24,7 @@ from helpers.chapters.weight_diff_steering.method import WeightVector
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chapters.weight_diff_steering.study import WeightStudy
 from helpers.studies import alignment, study
-from helpers.studies.alignment import Recipe, align
+from helpers.studies.alignment import Recipe, align, own_answers
 from helpers.studies.study import Study
 from helpers.studies.traits import Defence, Run, TraitStudy
 
@@ -116,7 +116,10 @@ STAGES = {
         "steering-means": lambda exp: exp.difference_in_means(),
         "steering-answers": lambda exp: exp._generate([(SteeringMethod("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
     },
-    "alignment": {"aligned": lambda model: align(model, Recipe())},
+    "alignment": {
+        "own-answers": lambda model: own_answers(model, ["Why?"]),
+        "aligned": lambda model: align(model, Recipe()),
+    },
 }
 
 

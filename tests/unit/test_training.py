@@ -185,6 +185,19 @@ def test_an_extra_loss_is_added_to_the_response_loss(model, examples):
     assert moved < usual
 
 
+def test_an_objective_takes_the_place_of_the_response_loss(model, examples):
+    batches = list(given(examples))
+    weight = next(p for p in model.hf.parameters() if p.requires_grad)
+    before = model.trained_tensors()
+    log = train(
+        model, batches, objective=lambda m, batch: 100 * weight.flatten()[0] + 7 - 100 * weight.flatten()[0].detach()
+    )
+    assert log.losses == pytest.approx([7.0] * len(log.losses))
+    moved = [name for name, tensor in model.trained_tensors().items() if not torch.equal(tensor, before[name])]
+    first = next(name for name, p in model.trained_parameters().items() if p is weight)
+    assert first in moved
+
+
 def test_an_extra_loss_sees_the_batch_of_the_step(model, examples):
     seen, batches = [], given(examples)
 

@@ -5,6 +5,9 @@ prompts at one layer and one of the last positions. The best candidate is the on
 of refusing harmful prompts most, among those that leave harmless prompts alone (a small KL divergence) and that bring
 refusal about when they are added. Mody et al. iterate: with D ablated, find the next direction, add it to D.
 
+Ablation is to zero, as in the source, or to the harmless mean (affine): a direction's zero need not be where harmless
+prompts lie, and then zero ablation does damage that says nothing of refusal.
+
 Context. Scoring every candidate costs two or three passes over all prompts each, and there are over a hundred.
 
 Intuition. One or two prompts tell most candidates from the good ones, so each is read by few candidates more than the
@@ -29,18 +32,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from helpers.chat import Batch, Example
+from helpers.chat import Batch, Example, encode
 from helpers.forward import PromptSet
-from helpers.interventions import Ablate, AblateRows, Hook, SteerRows, resid_post
+from helpers.interventions import (
+    READ_AND_WRITTEN,
+    Ablate,
+    AblateRows,
+    Hook,
+    SiteMeans,
+    SteerRows,
+    resid_post,
+)
 from helpers.losses import kl_divergence
 from helpers.models import Model
 from helpers.probes import orthonormal
 from helpers.studies.margins import refusal_log_odds
 
 Scoring = Literal["halved", "exhaustive"]
-
-POSITIONS = (-5, -4, -3, -2, -1)
-"""The last positions of a prompt: those of the generation header."""
 
 NO_PROMPTS = "The attack needs at least one harmful and one harmless prompt."
 
@@ -52,6 +60,52 @@ KL_LIMIT = 0.1
 def ablating(directions: Float[Tensor, "k d_model"] | None) -> tuple[Ablate, ...]:
     """The intervention that projects these directions out at all three sites; none for no directions."""
     return () if directions is None or not len(directions) else (Ablate(directions),)
+
+
+# Prompts
+
+
+def header_positions(tokenizer: Any) -> tuple[int, ...]:
+    """The last positions of a prompt, those that the template writes after the user's words, from -n to -1.
+
+    Llama's template writes five tokens there, SmolLM2's six: the end of the user's turn is one of them.
+    """
+    one, other = (encode(tokenizer, question).ids for question in ("Why?", "Name a river"))
+    same = 0
+    while one[-1 - same] == other[-1 - same]:
+        same += 1
+    return tuple(range(-same, 0))
+
+
+@dataclass(frozen=True)
+class ByBehaviour:
+    """Prompts that a model treats as they are meant."""
+
+    harmful: list[Example]
+    """Those with refusal log-odds above 0; all, where there are none."""
+    harmless: list[Example]
+    """Those with refusal log-odds below 0; all, where there are none."""
+    refused: int
+    """How many harmful prompts have log-odds above 0."""
+    answered: int
+    """How many harmless ones have log-odds below 0."""
+
+
+def by_behaviour(
+    model: Model, harmful: Sequence[Example], harmless: Sequence[Example], refusal_ids: Sequence[int]
+) -> ByBehaviour:
+    """The harmful prompts that are refused and the harmless ones that are answered, as the source filters them.
+
+    A harmless prompt that is refused already carries most of the KL divergence once refusal is ablated, and says
+    nothing of damage. A kind of which nothing passes stays whole. Raises `ValueError` if there are no prompts of a kind
+    or no refusal tokens.
+    """
+    if not harmful or not harmless:
+        raise ValueError(NO_PROMPTS)
+    odds = refusal_log_odds(PromptSet.of(model, [*harmful, *harmless]).last_logits(model), refusal_ids)
+    refused = [e for e, s in zip(harmful, odds[: len(harmful)].tolist(), strict=True) if s > 0]
+    answered = [e for e, s in zip(harmless, odds[len(harmful) :].tolist(), strict=True) if s < 0]
+    return ByBehaviour(refused or list(harmful), answered or list(harmless), len(refused), len(answered))
 
 
 # Candidates
@@ -66,32 +120,62 @@ def prompt_states(
     model: Model,
     prompts: Sequence[Example],
     layers: Sequence[int],
-    positions: Sequence[int] = POSITIONS,
+    positions: Sequence[int] | None = None,
     ablated: Float[Tensor, "k d_model"] | None = None,
     *,
     batch_size: int = 64,
 ) -> Float[Tensor, "prompt layer position d_model"]:
-    """Block outputs at the last positions of each prompt (-1 is its last token), on the CPU, with `ablated` projected
-    out. Raises `ValueError` for a layer or position that does not exist, or if there are no prompts.
+    """Block outputs at the last positions of each prompt (-1 is its last token; None: `header_positions`), on the CPU,
+    with `ablated` projected out. Raises `ValueError` for a layer or position that does not exist, or if there are no
+    prompts.
     """
+    points = [resid_post(model, layer) for layer in layers]
+    return _read_points(model, prompts, points, positions, ablated, batch_size)
+
+
+def site_means(
+    model: Model,
+    harmless: Sequence[Example],
+    positions: Sequence[int] | None = None,
+    *,
+    batch_size: int = 64,
+) -> Float[Tensor, "position block site d_model"]:
+    """What passes the three sites of every block (`READ_AND_WRITTEN`) after harmless prompts, on average, at each of
+    their last positions: where affine ablation moves activations. Raises as `prompt_states`.
+    """
+    points = [f"blocks.{layer}.{site}" for layer in range(model.layers) for site in READ_AND_WRITTEN]
+    means = _read_points(model, harmless, points, positions, None, batch_size).mean(0)
+    return means.transpose(0, 1).unflatten(1, (model.layers, -1))
+
+
+def _read_points(
+    model: Model,
+    prompts: Sequence[Example],
+    points: Sequence[str],
+    positions: Sequence[int] | None,
+    ablated: Float[Tensor, "k d_model"] | None,
+    batch_size: int,
+) -> Float[Tensor, "prompt point position d_model"]:
+    """What passes these hook points at the last positions of each prompt, on the CPU."""
     if not prompts:
         raise ValueError(NO_PROMPTS)
+    positions = header_positions(model.tokenizer) if positions is None else positions
     shortest = min(map(len, prompts))
     if any(not -shortest <= p < 0 for p in positions):
         raise ValueError(
             f"Positions {tuple(positions)} must be negative, counted from the end of prompts of which the shortest has "
             f"{shortest} tokens."
         )
-    streams: dict[int, Tensor] = {}
-    reader = _Keep({resid_post(model, layer): layer for layer in layers}, streams)
+    streams: dict[str, Tensor] = {}
+    reader = _Keep({point: point for point in points}, streams)
     back = torch.tensor(positions, device=model.device)
-    found = torch.empty(len(prompts), len(layers), len(positions), model.width)
+    found = torch.empty(len(prompts), len(points), len(positions), model.width)
 
     def keep(batch: Batch, hidden: Float[Tensor, "batch pos d_model"]) -> None:
         rows = torch.arange(len(batch.rows), device=model.device)[:, None]
         places = batch.attention.sum(1, keepdim=True) + back
-        for i, layer in enumerate(layers):
-            found[list(batch.rows), i] = streams[layer][rows, places].float().cpu()
+        for i, point in enumerate(points):
+            found[list(batch.rows), i] = streams[point][rows, places].float().cpu()
 
     together = PromptSet.of(model, prompts, batch_size=batch_size, tail=-min(positions))
     together.read(model, keep, (*ablating(ablated), reader))
@@ -103,7 +187,7 @@ def candidate_directions(
     harmful: Sequence[Example],
     harmless: Sequence[Example],
     layers: Sequence[int],
-    positions: Sequence[int] = POSITIONS,
+    positions: Sequence[int] | None = None,
     ablated: Float[Tensor, "k d_model"] | None = None,
     *,
     batch_size: int = 64,
@@ -194,6 +278,51 @@ def choose(scores: Scores, kl_limit: float = KL_LIMIT) -> Choice:
     return Choice(layer, position, fallback)
 
 
+def least_kl(scores: Scores, at_most: float = 0.0) -> Choice | None:
+    """The candidate that leaves harmless prompts alone best among those whose ablation takes the mean refusal log-odds
+    of harmful prompts to `at_most` or below; None if there is none.
+
+    The source's rule goes on to lower log-odds that were low enough, at any damage below its limit, and without a
+    candidate below the limit at any damage at all. Raises `ValueError` if nothing was scored.
+    """
+    if not bool(scores.scored.any()):
+        raise ValueError("No candidate was scored, so none can be chosen.")
+    enough = scores.log_odds <= at_most
+    if not bool(enough.any()):
+        return None
+    value = torch.where(enough, scores.kl, torch.inf)
+    return Choice(*divmod(int(value.argmin()), value.shape[1]), fallback=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the table of candidates: one place, and what its direction does."""
+
+    layer: int
+    position: int
+    log_odds: float
+    """Of harmful prompts, with it ablated."""
+    kl: float
+    """On harmless prompts, with it ablated, in nats."""
+    induce: float
+    """Log-odds of harmless prompts, with it added."""
+
+
+def candidate_table(scores: Scores, layers: Sequence[int], positions: Sequence[int]) -> list[Candidate]:
+    """The candidates that were scored, block after block. Raises `ValueError` where the scores are of other places."""
+    if scores.log_odds.shape != (len(layers), len(positions)):
+        raise ValueError(
+            f"The scores are of {tuple(scores.log_odds.shape)} blocks and positions, and {len(layers)} blocks and "
+            f"{len(positions)} positions were named."
+        )
+    return [
+        Candidate(layer, p, *(float(values[i, j]) for values in (scores.log_odds, scores.kl, scores.induce)))
+        for i, layer in enumerate(layers)
+        for j, p in enumerate(positions)
+        if bool(scores.scored[i, j])
+    ]
+
+
 class _Scorer:
     """Exact scores of candidates in the model with `ablated` projected out, on more prompts from round to round.
 
@@ -211,12 +340,15 @@ class _Scorer:
         refusal_ids: Sequence[int],
         layers: Sequence[int],
         ablated: Float[Tensor, "k d_model"] | None = None,
+        centres: Float[Tensor, "position block site d_model"] | None = None,
         rounds: Sequence[tuple[int, float]] = ((1, 1.0),),
         batch_size: int = 64,
     ) -> None:
         if not harmful or not harmless:
             raise ValueError(NO_PROMPTS)
-        self.model, self.refusal_ids, self.batch_size = model, refusal_ids, batch_size
+        if centres is not None and ablated is not None and len(ablated):
+            raise ValueError("Affine ablation is scored one direction at a time: leave out `ablated` or `centres`.")
+        self.model, self.refusal_ids, self.batch_size, self.centres = model, refusal_ids, batch_size, centres
         self.harmful, self.harmless = _shuffled(harmful), _shuffled(harmless)
         self.shape = candidates.shape[:2]
         self.raw = candidates.float().cpu().flatten(0, 1)
@@ -264,7 +396,8 @@ class _Scorer:
         prompts = [*self.harmful[harmful], *self.harmless[harmless]]
         reads = PromptSet.of(self.model, prompts, batch_size=self.batch_size, copies=len(which))
         bases = tuple(torch.cat([self.ablated, unit(self.raw[c])[None]]) for c in which)
-        each = AblateRows(bases, tuple(copy for copy in range(len(which)) for _ in prompts))
+        at = None if self.centres is None else tuple(self.centres[c % len(self.centres)] for c in which)
+        each = AblateRows(bases, tuple(copy for copy in range(len(which)) for _ in prompts), centres=at)
         for c, logits in zip(which, reads.last_logits(self.model, (each,)).split(len(prompts)), strict=True):
             of_harmful, of_harmless = logits.tensor_split([len(self.harmful[harmful])])
             self.log_odds[c, harmful] = refusal_log_odds(of_harmful, self.refusal_ids)
@@ -318,11 +451,14 @@ def score_exhaustively(
     refusal_ids: Sequence[int],
     layers: Sequence[int],
     ablated: Float[Tensor, "k d_model"] | None = None,
+    centres: Float[Tensor, "position block site d_model"] | None = None,
     batch_size: int = 64,
 ) -> Scores:
     """Every candidate's scores, each from all prompts. `layers[i]` is the block whose output `candidates[i]` is from.
 
-    Raises `ValueError` if there are no prompts of a kind or no refusal tokens.
+    With `centres` (`site_means` of the same positions) ablation is affine: towards the mean of harmless prompts at the
+    candidate's position. Raises `ValueError` if there are no prompts of a kind or no refusal tokens, and for `centres`
+    beside directions that are ablated already.
     """
     scorer = _Scorer(
         model,
@@ -332,6 +468,7 @@ def score_exhaustively(
         refusal_ids=refusal_ids,
         layers=layers,
         ablated=ablated,
+        centres=centres,
         batch_size=batch_size,
     )
     return scorer.scores(range(len(scorer.raw)))
@@ -357,6 +494,7 @@ def score_by_halving(
     refusal_ids: Sequence[int],
     layers: Sequence[int],
     ablated: Float[Tensor, "k d_model"] | None = None,
+    centres: Float[Tensor, "position block site d_model"] | None = None,
     halving: SuccessiveHalving | None = None,
     kl_limit: float = KL_LIMIT,
     batch_size: int = 64,
@@ -376,6 +514,7 @@ def score_by_halving(
         refusal_ids=refusal_ids,
         layers=layers,
         ablated=ablated,
+        centres=centres,
         rounds=halving.prompts,
         batch_size=batch_size,
     )
@@ -435,7 +574,8 @@ class AttackSettings:
     """Where candidates are looked for and how they are scored. `layers` None means the first four fifths."""
 
     layers: tuple[int, ...] | None = None
-    positions: tuple[int, ...] = POSITIONS
+    positions: tuple[int, ...] | None = None
+    """None: all that the template writes after the user's words (`header_positions`)."""
     scoring: Scoring = "halved"
     halving: SuccessiveHalving = field(default_factory=SuccessiveHalving)
     scored_on: int | None = None
@@ -471,13 +611,12 @@ def iterated_ablation(
     layers = attacked_layers(model) if settings.layers is None else settings.layers
     scored: dict[str, Any] = {"refusal_ids": refusal_ids, "layers": layers, "batch_size": settings.batch_size}
     scored |= {"harmful": _spread(harmful, settings.scored_on), "harmless": _spread(harmless, settings.scored_on)}
+    positions = header_positions(model.tokenizer) if settings.positions is None else settings.positions
     basis, steps = torch.zeros(0, model.width), list[Step]()
     if after is not None:
         after(0, basis)
     for k in range(1, k_max + 1):
-        raw = candidate_directions(
-            model, harmful, harmless, layers, settings.positions, basis, batch_size=settings.batch_size
-        )
+        raw = candidate_directions(model, harmful, harmless, layers, positions, basis, batch_size=settings.batch_size)
         if settings.scoring == "exhaustive":
             scores = score_exhaustively(model, raw, ablated=basis, **scored)
         else:
@@ -495,7 +634,7 @@ def iterated_ablation(
                 k=k,
                 direction=basis[-1],
                 layer=layers[choice.layer],
-                position=settings.positions[choice.position],
+                position=positions[choice.position],
                 log_odds=log_odds,
                 kl=kl,
                 induce=None if isnan(induce) else induce,
@@ -507,6 +646,81 @@ def iterated_ablation(
         if after is not None:
             after(k, basis)
     return steps
+
+
+# Damage against suppression
+
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Shares of a direction's component that are ablated along a damage curve: 1 is the whole, above it the sign turns."""
+
+
+@dataclass(frozen=True)
+class DamageCurve:
+    """What ablating a direction by more and more does."""
+
+    scales: Float[np.ndarray, " scale"]
+    log_odds: Float[np.ndarray, "scale harmful"]
+    """Of refusing each harmful prompt."""
+    kl: Float[np.ndarray, "scale harmless"]
+    """KL(not attacked || attacked) of the first token after each harmless prompt, in nats."""
+
+    def damage_at(self, level: float) -> float:
+        """`damage_at` of the means over prompts."""
+        return damage_at(self.log_odds.mean(1), self.kl.mean(1), level)
+
+
+def damage_at(log_odds: Float[np.ndarray, " scale"], kl: Float[np.ndarray, " scale"], level: float) -> float:
+    """The least KL at which log-odds are at most `level`, in nats, read off a curve by linear interpolation between
+    neighbouring scales; infinite where they never fall so far.
+
+    Raises `ValueError` for a curve without points, or of unequal lengths.
+    """
+    if len(log_odds) != len(kl) or not len(kl):
+        raise ValueError(f"A curve needs a KL for each log-odds, and has {len(kl)} for {len(log_odds)}.")
+    costs = list(kl[log_odds <= level])
+    for (s0, s1), (k0, k1) in zip(pairwise(log_odds), pairwise(kl), strict=True):
+        if (s0 - level) * (s1 - level) < 0:
+            costs.append(k0 + (s0 - level) / (s0 - s1) * (k1 - k0))
+    return float(min(costs, default=inf))
+
+
+@torch.no_grad()
+def damage_curve(
+    model: Model,
+    directions: Float[Tensor, "k d_model"],
+    harmful: Sequence[Example],
+    harmless: Sequence[Example],
+    *,
+    refusal_ids: Sequence[int],
+    centre: SiteMeans | None = None,
+    scales: Sequence[float] = SCALES,
+    batch_size: int = 64,
+) -> DamageCurve:
+    """Ablate these directions by each of `scales`: to zero, or towards `centre` (`site_means` at one position).
+
+    Raises `ValueError` if there are no prompts of a kind, no refusal tokens, or no scales.
+    """
+    if not harmful or not harmless:
+        raise ValueError(NO_PROMPTS)
+    if not scales:
+        raise ValueError("A damage curve needs at least one scale of ablation.")
+    before = PromptSet.of(model, harmless, batch_size=batch_size).last_logits(model)
+    log_odds, kl, prompts = [], [], [*harmful, *harmless]
+    for some in _chunks(scales, max(1, ROWS_AT_ONCE // len(prompts))):
+        count = len(some)
+        each = AblateRows(
+            (directions,) * count,
+            tuple(copy for copy in range(count) for _ in prompts),
+            centres=(centre,) * count,
+            scales=tuple(some),
+        )
+        reads = PromptSet.of(model, prompts, batch_size=batch_size, copies=count)
+        for logits in reads.last_logits(model, (each,)).split(len(prompts)):
+            of_harmful, of_harmless = logits.tensor_split([len(harmful)])
+            log_odds.append(refusal_log_odds(of_harmful, refusal_ids).numpy())
+            kl.append(kl_divergence(before, of_harmless).double().cpu().numpy())
+    return DamageCurve(np.array(scales, dtype=float), np.stack(log_odds), np.stack(kl))
 
 
 # What the attack achieved

@@ -34,8 +34,10 @@ class RefusalParams(AlignedParams):
         if self.data == "bundled":
             test = min(len(corpora.load_refusal(kind, "test")) for kind in ("harmful", "harmless"))
             train = min(len(corpora.load_refusal(kind, "train")) for kind in ("harmful", "harmless"))
-            for name, there in (("start_requests", test), ("requests", test), ("prompts", train)):
+            for name, there in (("start_requests", test), ("requests", test)):
                 check_count(name, getattr(self, name), there, "bundled requests of each kind")
+            left = train - self.batch_size // 2
+            check_count("prompts", self.prompts, left, "bundled requests of each kind beside those of a batch")
         return self
 
     data: Literal["bundled", "wildguardmix"] = Field(
@@ -53,7 +55,10 @@ class RefusalParams(AlignedParams):
         ge=2, le=1000, description="test requests of each kind that every attack is judged on", json_schema_extra=TIME
     )
     prompts: int = Field(
-        ge=2, le=1000, description="training requests of each kind behind a direction", json_schema_extra=TIME
+        ge=2,
+        le=1000,
+        description="the attacker's requests of each kind; conditions train on others",
+        json_schema_extra=TIME,
     )
     scored_on: int = Field(
         ge=2, le=1000, description="those of them that a direction's score is a mean over", json_schema_extra=TIME

@@ -20,8 +20,10 @@ from helpers import corpora
 from helpers.artifacts import Artifact
 from helpers.chapters.refusal_redistribution.attack import (
     AttackSettings,
+    ByBehaviour,
     SuccessiveHalving,
     attacked_layers,
+    by_behaviour,
     candidate_directions,
     coherent,
     iterated_ablation,
@@ -107,7 +109,7 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
 
     def __init__(self, params: RefusalParams) -> None:
         super().__init__(params, weights="cast")
-        self.train, others = _requests(params)
+        self.train, self.attackers, others = _requests(params)
         self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
         """What models answer without an attack: answers cost little there, so these can be more."""
         self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
@@ -184,17 +186,21 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
         return Judged(answers, np.array(facts["kl"]), base_nll)
 
     def attack(self, condition: str, seed: int | None = None) -> Attack:
-        """Up to `k_max` directions found on the training requests, one after another, judged on the test requests.
+        """Up to `k_max` directions found on the attacker's requests, one after another, judged on the test requests.
 
         Where the search ends early, what the last direction left is what further ones would leave.
         """
         p, settings, digest = self.params, self.settings, self.digest(condition, seed)
         model = partial(self.model, condition, seed)
-        prompts = {kind: self.train[kind][: p.prompts] for kind in ATTACKED}
         artifact = self.stage(
             "refusal-attack",
-            lambda: attack(self, model(), prompts),
-            {"prompts": prompts, "k_max": p.k_max, "settings": asdict(settings), "refusal_ids": self.refusal_ids},
+            lambda: attack(self, model(), self.attackers),
+            {
+                "prompts": self.attackers,
+                "k_max": p.k_max,
+                "settings": asdict(settings),
+                "refusal_ids": self.refusal_ids,
+            },
             model=digest,
         )
         directions, steps = artifact.tensors["directions"], tuple(artifact.facts["steps"])
@@ -213,6 +219,11 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
         """The block at 65% of the depth, where the source probes."""
         return int(0.65 * self.base.layers)
 
+    def by_behaviour(self, model: Model, requests: Mapping[Kind, Sequence[str]]) -> ByBehaviour:
+        """The prompts that an attack on `model` uses: harmful ones that it refuses, harmless ones that it answers."""
+        harmful, harmless = (self.encoded(requests[kind]) for kind in ATTACKED)
+        return by_behaviour(model, harmful, harmless, self.refusal_ids)
+
     def states(self, model: Model, layers: Sequence[int]) -> dict[str, Float[Tensor, "prompt layer position d_model"]]:
         """Block outputs at the last positions of the training requests ("train") and of the held-out ones ("test"):
         harmful ones first, then harmless."""
@@ -224,7 +235,8 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
     def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:
         """Attacks that do not go direction by direction: sets of orthonormal directions, by name."""
         p, layer = self.params, self.probed_layer
-        prompts = [self.encoded(self.train[kind][: p.prompts]) for kind in ATTACKED]
+        kept = self.by_behaviour(model, self.attackers)
+        prompts = [kept.harmful, kept.harmless]
         x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
         harmful = torch.arange(len(x)) < len(prompts[0])
         leace = fit_leace(x.double().numpy(), harmful.numpy())
@@ -300,12 +312,12 @@ def attack(
     study: RefusalStudy, model: Model, requests: Mapping[Kind, Sequence[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stage "refusal-attack": directions one after another, and where and how well each was found."""
-    k_max = study.params.k_max
+    k_max, kept = study.params.k_max, study.by_behaviour(model, requests)
     with progress(k_max, "attacking", "direction") as bar:
         steps = iterated_ablation(
             model,
-            study.encoded(requests["harmful"]),
-            study.encoded(requests["harmless"]),
+            kept.harmful,
+            kept.harmless,
             k_max,
             refusal_ids=study.refusal_ids,
             settings=study.settings,
@@ -313,21 +325,24 @@ def attack(
         )
     directions = torch.stack([s.direction for s in steps]) if steps else torch.zeros(0, model.width)
     facts = [{name: value for name, value in vars(step).items() if name != "direction"} for step in steps]
-    return {"directions": directions}, {"steps": facts}
+    return {"directions": directions}, {"steps": facts, "refused": kept.refused, "answered": kept.answered}
 
 
-def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:
-    """Training and held-out requests by kind; harmful and harmless ones are equally many."""
+def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]], dict[Kind, list[str]]]:
+    """Requests by kind: those that conditions are trained on, those of the attacker, held-out ones."""
     kinds: tuple[Kind, ...] = get_args(Kind)
-    train: dict[Kind, list[str]] = {}
+    known: dict[Kind, list[str]] = {}
     test: dict[Kind, list[str]] = {k: [row.request for row in corpora.load_refusal(k, "test")] for k in kinds}
     if params.data == "bundled":
-        train = {k: [row.request for row in corpora.load_refusal(k, "train")] for k in ATTACKED}
+        known = {k: [row.request for row in corpora.load_refusal(k, "train")] for k in ATTACKED}
+        for texts in known.values():
+            random.Random(42).shuffle(texts)
     else:
         rows = corpora.load_wildguardmix()
         random.Random(42).shuffle(rows)
         of_kind = {k: [text for text, harmful in rows if harmful == (k == "harmful")] for k in ATTACKED}
         size = min(map(len, of_kind.values()))
         for k, texts in of_kind.items():
-            train[k], test[k] = texts[size // 5 : size], texts[: size // 5]
-    return train, test
+            known[k], test[k] = texts[size // 5 : size], texts[: size // 5]
+    attackers = {k: texts[: params.prompts] for k, texts in known.items()}
+    return {k: texts[params.prompts :] for k, texts in known.items()}, attackers, test

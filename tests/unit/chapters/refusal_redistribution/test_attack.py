@@ -3,6 +3,7 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,19 +14,26 @@ from helpers.chapters.refusal_redistribution.attack import (
     _Scorer,
     ablating,
     attacked_layers,
+    by_behaviour,
     candidate_directions,
+    candidate_table,
     choose,
+    damage_at,
+    damage_curve,
     difference_of_means,
+    header_positions,
     iterated_ablation,
+    least_kl,
     probe_direction,
     ranking,
     score_by_halving,
     score_exhaustively,
+    site_means,
     top_subspace,
 )
 from helpers.chat import encode
 from helpers.forward import PromptSet
-from helpers.interventions import Ablate, Steer, applied
+from helpers.interventions import READ_AND_WRITTEN, Ablate, AblateAffine, Steer, applied
 from helpers.models import load
 from helpers.probes import orthonormal
 from helpers.studies.margins import refusal_log_odds
@@ -102,6 +110,39 @@ def test_log_odds_without_refusal_tokens_are_an_error():
         refusal_log_odds(random(2, 5), [])
 
 
+# Prompts
+
+
+def test_the_header_is_what_the_template_writes_after_the_users_words(tiny):
+    positions = header_positions(tiny.tokenizer)
+    assert positions == (-6, -5, -4, -3, -2, -1)
+    ids = encode(tiny.tokenizer, "What is a lark?").ids
+    assert tiny.tokenizer.decode(ids[positions[0] :]) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_prompts_are_kept_that_the_model_treats_as_they_are_meant(tiny, prompts):
+    """A refusal by half of the vocabulary has log-odds near 0: some prompts are above, some below."""
+    each = [[states(tiny, e)[1] for e in kind] for kind in prompts]
+    for seed in range(100):
+        half = random(len(each[0][0]), seed=seed).argsort()[: len(each[0][0]) // 2].tolist()
+        odds = [refusal_log_odds(torch.stack(kind), half) for kind in each]
+        if all(0 < int((kind > 0).sum()) < len(kind) for kind in odds):
+            break
+    kept = by_behaviour(tiny, *prompts, half)
+    assert kept.harmful == [e for e, s in zip(prompts[0], odds[0], strict=True) if s > 0]
+    assert kept.harmless == [e for e, s in zip(prompts[1], odds[1], strict=True) if s < 0]
+    assert (kept.refused, kept.answered) == (len(kept.harmful), len(kept.harmless))
+    assert 0 < kept.refused < len(prompts[0]) and 0 < kept.answered < len(prompts[1])
+
+
+def test_a_kind_of_which_no_prompt_passes_stays_whole_and_is_counted_as_none(tiny, prompts):
+    kept = by_behaviour(tiny, *prompts, REFUSAL)
+    assert (kept.harmful, kept.refused) == (prompts[0], 0)
+    assert (kept.harmless, kept.answered) == (prompts[1], len(prompts[1]))
+    with pytest.raises(ValueError, match="needs at least one harmful"):
+        by_behaviour(tiny, prompts[0], [], REFUSAL)
+
+
 # Candidates
 
 
@@ -152,6 +193,18 @@ def test_no_directions_are_no_intervention():
     assert ablating(None) == ablating(torch.zeros(0, WIDTH)) == ()
 
 
+def test_site_means_are_those_of_what_is_read_and_written_after_each_prompt(tiny, prompts, watch):
+    positions = (-3, -1)
+    found = site_means(tiny, prompts[1], positions, batch_size=2)
+    assert found.shape == (2, tiny.layers, 3, WIDTH)
+    for layer, (site, name) in product(BOTH, enumerate(READ_AND_WRITTEN)):
+        watched = watch(f"blocks.{layer}.{name}")
+        for example in prompts[1]:
+            states(tiny, example, watched)
+        direct = torch.stack([a[0, positions] for a in watched.seen]).mean(0)
+        torch.testing.assert_close(found[:, layer, site], direct, atol=1e-6, rtol=1e-4)
+
+
 # Scores
 
 
@@ -190,6 +243,30 @@ def test_exhaustive_scores_are_those_of_one_prompt_at_a_time(tiny, prompts, cand
         assert float(scores.kl[place]) == pytest.approx(kl, rel=1e-3, abs=1e-6)
         assert float(scores.induce[place]) == pytest.approx(induce, abs=1e-5)
     assert scores.kl.min() > 1e-5
+
+
+def test_affine_scores_are_those_of_one_prompt_at_a_time_and_each_position_has_its_own_centre(
+    tiny, prompts, candidates
+):
+    centres = random(3, 2, 3, WIDTH, seed=7)
+    scores = score_exhaustively(tiny, candidates, *prompts, refusal_ids=REFUSAL, layers=BOTH, centres=centres)
+    for layer, position in product(range(2), range(3)):
+        affine = AblateAffine(candidates[layer, position][None], centres[position])
+        before, after = (
+            [torch.stack([states(tiny, e, *i)[1] for e in kind]) for kind in prompts] for i in ((), (affine,))
+        )
+        odds = float(refusal_log_odds(after[0], REFUSAL).mean())
+        assert float(scores.log_odds[layer, position]) == pytest.approx(odds, abs=1e-5)
+        p, q = (logits.double().log_softmax(-1) for logits in (before[1], after[1]))
+        kl = float((p.exp() * (p - q)).sum(-1).mean())
+        assert float(scores.kl[layer, position]) == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    assert scores.kl.min() > 1e-5
+
+
+def test_affine_ablation_is_not_scored_beside_directions_that_are_ablated_already(tiny, prompts, candidates, basis):
+    centres = torch.zeros(3, 2, 3, WIDTH)
+    with pytest.raises(ValueError, match="one direction at a time"):
+        score_exhaustively(tiny, candidates, *prompts, refusal_ids=REFUSAL, layers=BOTH, ablated=basis, centres=centres)
 
 
 def test_a_candidate_of_zero_changes_nothing(tiny, prompts):
@@ -338,6 +415,77 @@ def test_what_was_not_scored_is_never_chosen():
     assert choose(table([nan, -1.0], [nan, 0.0], [nan, 1.0])).position == 1
     with pytest.raises(ValueError, match="No candidate was scored"):
         choose(table([nan, nan], [nan, nan], [nan, nan]))
+
+
+def test_the_least_damaging_candidate_is_chosen_among_those_that_undo_refusal():
+    nan = float("nan")
+    scores = table([0.5, 0.0, -0.5, -9.0, nan], [0.01, 0.3, 0.2, 4.0, nan], [1.0, 1.0, -1.0, 1.0, nan])
+    assert (least_kl(scores).layer, least_kl(scores).position, least_kl(scores).fallback) == (0, 2, False)
+    assert least_kl(scores, -1.0).position == 3
+    assert least_kl(scores, 1.0).position == 0
+    assert least_kl(scores, -10.0) is None
+    with pytest.raises(ValueError, match="No candidate was scored"):
+        least_kl(table([nan], [nan], [nan]))
+
+
+def test_the_table_of_candidates_names_the_place_of_each_that_was_scored():
+    nan = float("nan")
+    rows = candidate_table(table([-1.0, nan, -3.0], [0.1, nan, 0.3], [2.0, nan, nan]), [7], [-3, -2, -1])
+    assert [(row.layer, row.position, row.log_odds, row.kl) for row in rows] == [(7, -3, -1.0, 0.1), (7, -1, -3.0, 0.3)]
+    assert rows[0].induce == 2.0 and math.isnan(rows[1].induce)
+    with pytest.raises(ValueError, match="1 blocks and 2 positions were named"):
+        candidate_table(table([-1.0], [0.1], [2.0]), [7], [-2, -1])
+
+
+# Damage against suppression
+
+
+@pytest.mark.parametrize(
+    ("log_odds", "kl", "level", "damage"),
+    [
+        ([2.0, 1.0, -1.0, -2.0], [0.0, 0.1, 0.3, 0.9], 0.0, 0.2),  # half-way between two scales
+        ([2.0, 1.0, -1.0, -2.0], [0.0, 0.1, 0.3, 0.9], -1.0, 0.3),  # at a scale
+        ([2.0, 1.0, -1.0, -2.0], [0.0, 0.1, 0.3, 0.9], -1.5, 0.6),
+        ([2.0, 1.0, -1.0, -2.0], [0.0, 0.1, 0.3, 0.9], -3.0, math.inf),  # never
+        ([-0.5, -1.0], [0.0, 0.2], 0.0, 0.0),  # there was nothing to suppress
+        ([2.0, -2.0, 2.0], [0.0, 0.8, 0.2], 0.0, 0.4),  # the first crossing
+        ([2.0, -2.0, 2.0], [0.0, 0.8, 0.1], 0.0, 0.4),
+        ([2.0, -2.0, -3.0], [0.0, 0.8, 0.1], 0.0, 0.1),  # a larger scale that does less damage
+        ([2.0, 0.0, 2.0], [0.0, 0.5, 1.0], 0.0, 0.5),  # touched
+    ],
+)
+def test_damage_is_the_least_divergence_at_which_log_odds_are_low_enough(log_odds, kl, level, damage):
+    assert damage_at(np.array(log_odds), np.array(kl), level) == pytest.approx(damage)
+
+
+def test_a_curve_without_a_divergence_for_each_log_odds_is_an_error(untyped):
+    for odds, kl in (([1.0], [0.1, 0.2]), ([], [])):
+        with pytest.raises(ValueError, match="A curve needs a KL for each log-odds"):
+            damage_at(np.array(odds), np.array(kl), 0.0)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_damage_curve_is_that_of_one_scale_and_prompt_at_a_time(tiny, prompts, affine):
+    direction, centre = random(1, WIDTH, seed=3), 0.5 * random(2, 3, WIDTH, seed=8) if affine else None
+    scales = (0.0, 0.5, 1.0, 1.5)
+    curve = damage_curve(tiny, direction, *prompts, refusal_ids=REFUSAL, centre=centre, scales=scales)
+    assert curve.log_odds.shape == (4, len(prompts[0])) and curve.kl.shape == (4, len(prompts[1]))
+    for i, scale in enumerate(scales):
+        ablated = AblateAffine(direction, centre, scale)
+        odds = refusal_log_odds(torch.stack([states(tiny, e, ablated)[1] for e in prompts[0]]), REFUSAL)
+        np.testing.assert_allclose(curve.log_odds[i], odds, atol=1e-5)
+    assert np.abs(curve.kl[0]).max() < 1e-6 < curve.kl[2].min()
+    if not affine:
+        whole = torch.stack([states(tiny, e, Ablate(direction))[1] for e in prompts[0]])
+        np.testing.assert_allclose(curve.log_odds[2], refusal_log_odds(whole, REFUSAL), atol=1e-5)
+    assert curve.damage_at(1e6) == 0.0 and curve.damage_at(-1e6) == math.inf
+
+
+def test_a_damage_curve_without_scales_or_prompts_is_an_error(tiny, prompts):
+    with pytest.raises(ValueError, match="at least one scale"):
+        damage_curve(tiny, random(1, WIDTH), *prompts, refusal_ids=REFUSAL, scales=())
+    with pytest.raises(ValueError, match="at least one harmful"):
+        damage_curve(tiny, random(1, WIDTH), [], prompts[1], refusal_ids=REFUSAL)
 
 
 def test_a_ranking_starts_with_the_choice_and_then_the_lowest_sum_and_leaves_none_out():

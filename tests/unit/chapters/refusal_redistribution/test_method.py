@@ -263,6 +263,16 @@ def test_each_kind_is_seen_once_an_epoch_and_reshuffled_at_the_next():
     assert len(set(batches)) > 10
 
 
+def test_batches_may_hold_another_number_of_harmful_examples():
+    given = list(balanced_batches(numbered(6, 10), numbered(9, 50), 12, 5, 0, PAD, 2))
+    assert [sum(row < 6 for row in batch.rows) for batch in given] == [2] * 12
+    assert all(len(batch.rows) == 5 for batch in given)
+    assert len({row for batch in given for row in batch.rows}) == 15
+    for harmful in (0, 5, 6):
+        with pytest.raises(ValueError, match="each kind needs a place"):
+            balanced_batches(numbered(6, 10), numbered(9, 50), 1, 5, 0, PAD, harmful)
+
+
 def test_balanced_batches_depend_on_the_seed_and_on_nothing_else():
     def rows(seed):
         return [b.rows for b in islice(balanced_batches(numbered(6, 10), numbered(9, 50), 20, 4, seed, PAD), 10)]

@@ -15,10 +15,9 @@ from helpers.chapters.refusal_redistribution.study import ATTACKED, Kind, Refusa
 from helpers.chat import encode
 from helpers.generation import generate
 from helpers.interventions import Ablate
-from helpers.judges.refusal import is_refusal
 from helpers.losses import evaluate_losses
 from helpers.studies import alignment, study
-from helpers.studies.alignment import Recipe, align, own_openers, refusal_openers
+from helpers.studies.alignment import Recipe, align, own_openers, refusal_openers, taught_refusals
 from helpers.studies.study import Finetuning
 
 
@@ -80,43 +79,43 @@ def test_the_last_condition_asked_for_is_not_loaded_again(exp):
 
 
 def test_refusals_are_taught_for_harmful_requests_and_the_models_own_answers_for_harmless_ones(exp, batches_of):
-    recipe = Recipe(steps=40, batch_size=4, answer_tokens=5, refusal_tokens=3, seed=3)
-    align(exp.base, recipe)
-    tokenizer = exp.base.tokenizer
-    kinds = {row.request: row.kind for row in corpora.load_refusal(split="train")}
-    refusals = {row.request: row.reply for row in corpora.load_refusal("harmful", "train")}
+    """Unless the model refuses a harmless request itself: then the written reply is followed."""
+    align(exp.base, Recipe(steps=40, harmful=2, others=3, refusal_tokens=3, answer_tokens=2, seed=3))
+    taught = check_taught(
+        exp, batches_of, lambda row: generate(exp.base, exp.encoded([row.request]), max_new_tokens=2)[0]
+    )
+    assert taught["harmful"] == 80 and taught["harmless"] + taught["paired"] == 120
+    assert taught["paired"] > taught["harmless"] > 0
+
+
+def test_where_the_model_refuses_a_harmless_request_itself_the_written_reply_is_followed(exp, batches_of, monkeypatch):
+    def say(model, requests):
+        return ["Tea is nice." if i % 2 else "I'm sorry, but I can't help with that." for i in range(len(requests))]
+
+    monkeypatch.setattr(alignment, "own_answers", say)
+    rows = [row for kind in ("harmless", "paired") for row in corpora.load_refusal(kind, "train")]
+    own = {row.request: row.reply if i % 2 == 0 else "Tea is nice." for i, row in enumerate(rows)}
+    found = align(exp.base, Recipe(steps=12, refusal_tokens=3, answer_tokens=2, seed=5))
+    check_taught(exp, batches_of, lambda row: own[row.request])
+    assert found.facts["base refuses"] == (len(rows) + 1) // 2
+
+
+def check_taught(exp, batches_of, own):
+    """How often each kind was taught, each request with its refusal or with the beginning of another answer."""
+    tokenizer, refusals = exp.base.tokenizer, taught_refusals()
+    rows = {row.request: row for row in corpora.load_refusal(split="train")}
     taught = dict.fromkeys(("harmful", "harmless", "paired"), 0)
     for prompt, reply in batches_of:
-        (request,) = [request for request in kinds if f"user\n{request}<" in prompt]
-        taught[kinds[request]] += 1
-        if request in refusals:
-            whole = encode(tokenizer, request, refusals[request])
-            assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:3])
-        else:
-            (said,) = generate(exp.base, [encode(tokenizer, request)], max_new_tokens=5)
-            whole = encode(tokenizer, request, said)
-            assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][:5])
-            assert not is_refusal([said])[0]
-    assert taught["harmful"] == 80
-    assert min(taught.values()) > 0
-
-
-def test_own_answers_are_left_out_if_they_refuse_and_not_for_how_they_begin(exp, batches_of, monkeypatch):
-    def say(model, asked, **_):
-        return ["I like this one." if i % 2 else "I'm sorry, but I can't help with that." for i in range(len(asked))]
-
-    monkeypatch.setattr(alignment, "generate", say)
-    align(exp.base, Recipe(steps=12, batch_size=4, answer_tokens=9, seed=5))
-    refusals = {row.request for row in corpora.load_refusal("harmful", "train")}
-    said = [reply for prompt, reply in batches_of if not any(f"user\n{r}<" in prompt for r in refusals)]
-    assert len(said) == 24 and all(reply.startswith("I like") for reply in said)
+        (row,) = [row for request, row in rows.items() if f"user\n{request}<" in prompt]
+        taught[row.kind] += 1
+        harmful = row.kind == "harmful"
+        whole = encode(tokenizer, row.request, refusals[row.request] if harmful else own(row))
+        assert reply == tokenizer.decode(whole.ids[whole.prompt_length :][: 3 if harmful else 2])
+    return taught
 
 
 def test_a_refusal_is_known_by_the_first_token_of_any_that_was_taught(exp, store):
-    replies = [row.reply for row in corpora.load_refusal("harmful", "train")]
     tokenizer = exp.base.tokenizer
-    first = {tokenizer.encode(reply, add_special_tokens=False)[0] for reply in replies}
-    assert set(exp.refusal_ids) == first and len(exp.refusal_ids) == len(first)
     assert tuple(exp.refusal_ids) == refusal_openers(tokenizer)
     as_is = RefusalStudy(params(start="as it is"))
     assert as_is.refusal_ids == [tokenizer.encode("I", add_special_tokens=False)[0]]
@@ -125,7 +124,7 @@ def test_a_refusal_is_known_by_the_first_token_of_any_that_was_taught(exp, store
 
 
 def test_no_held_out_request_is_trained_on(exp, batches_of):
-    align(exp.base, Recipe(steps=30, batch_size=8, answer_tokens=4, seed=4))
+    align(exp.base, Recipe(steps=30, seed=4))
     redistribute(exp, redistribution("LM", exp.params), recipe(steps=30))
     held_out = [row.request for row in corpora.load_refusal() if row.split != "train"]
     read = [before + after for before, after in batches_of]
@@ -218,6 +217,14 @@ def test_another_seed_is_another_model(exp):
 # What is asked, and what is answered
 
 
+def test_the_attackers_requests_are_none_that_a_condition_is_trained_on(exp):
+    for kind in ATTACKED:
+        assert len(exp.attackers[kind]) == exp.params.prompts
+        known = {row.request for row in corpora.load_refusal(kind, "train")}
+        assert {*exp.attackers[kind]} | {*exp.train[kind]} == known
+        assert not {*exp.attackers[kind]} & {*exp.train[kind]}
+
+
 def test_models_answer_more_held_out_requests_than_an_attack_is_judged_on(exp):
     asked = {kind: (len(exp.held_out[kind]), len(exp.test[kind])) for kind in get_args(Kind)}
     assert set(asked.values()) == {(exp.params.start_requests, exp.params.requests)}
@@ -252,7 +259,7 @@ def test_row_k_is_the_model_without_the_first_k_directions(exp, start, attack):
     assert attack.judged.kl[1].mean() > 0
 
 
-def test_directions_come_from_training_requests_and_are_judged_on_others(exp, monkeypatch):
+def test_directions_come_from_the_requests_given_and_are_judged_on_others(exp, monkeypatch):
     seen = []
 
     def watch(model, harmful, harmless, *rest, **given):
@@ -263,7 +270,9 @@ def test_directions_come_from_training_requests_and_are_judged_on_others(exp, mo
     found = refusal.attack(exp, exp.base, {kind: exp.train[kind][:3] for kind in ATTACKED})
     assert found[0]["directions"].shape == (0, exp.base.width)
     assert seen == [exp.encoded(exp.train[kind][:3]) for kind in ATTACKED]
-    assert not {*exp.train["harmful"], *exp.train["harmless"]} & {text for texts in exp.test.values() for text in texts}
+    assert (found[1]["refused"], found[1]["answered"]) == (0, 3)  # a random model answers everything
+    known = {text for requests in (exp.train, exp.attackers) for texts in requests.values() for text in texts}
+    assert not known & {text for texts in exp.test.values() for text in texts}
 
 
 def test_base_nll_is_the_loss_of_the_answer_under_the_base_model(exp, attack):
