@@ -353,6 +353,8 @@ def _check_tokenizer(name: str, tokenizer: Any, embeddings: int) -> None:
             f"The tokenizer of '{name}' has {len(tokenizer)} tokens and its model {embeddings}; they do not belong "
             "together."
         )
+    if not tokenizer.encode("Why is the sky blue?", add_special_tokens=False):  # some are made without their files
+        raise ValueError(f"The tokenizer of '{name}' has no vocabulary; fetch the model again.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,12 +65,8 @@ def parts(shop, tmp_path):
 
 def change(monkeypatch, **fields):
     """Another description of the same file."""
-    gguf = REGISTRY[NAME].gguf
-    changed = GGUF(**{**{name: getattr(gguf, name) for name in gguf.__dataclass_fields__}, **fields})
     card = REGISTRY[NAME]
-    monkeypatch.setitem(
-        REGISTRY, NAME, ModelCard(NAME, 2, 8, card.source, card.hub, "", "bfloat16", card.stored, changed)
-    )
+    monkeypatch.setitem(REGISTRY, NAME, replace(card, gguf=replace(card.gguf, **fields)))
 
 
 def stored(tmp_path):
