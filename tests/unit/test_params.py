@@ -149,8 +149,8 @@ def test_a_mistyped_papermill_parameter_stops_the_notebook_without_a_traceback(n
 
 
 def test_mild_answers_are_asked_for_only_where_there_are_some():
-    assert "mild" in PreventativeSteeringParams(preset="full").train_levels
-    assert "mild" not in PreventativeSteeringParams(preset="full", trait="pirate").train_levels
+    assert "mild" in PreventativeSteeringParams(preset="full").start_levels
+    assert "mild" not in PreventativeSteeringParams(preset="full", trait="pirate").start_levels
     with pytest.raises(ParameterError, match="no mild answers"):
         PreventativeSteeringParams(trait="pirate", train_levels=("mild",))
 

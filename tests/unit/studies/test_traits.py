@@ -164,7 +164,7 @@ def test_the_first_step_of_a_defended_run_has_the_loss_of_the_steered_model(exp,
         for answer in (response.removesuffix("<|im_end|>") for _, response in batches_of[:2])
     ]
     tokens = torch.tensor([float(len(e) - e.prompt_length) for e in first])
-    for run, interventions in ((plain, ()), (steered, (exp.steering(),))):
+    for run, interventions in ((plain, ()), (steered, (exp.steering(coefficient=PPS.coefficient),))):
         losses = evaluate_losses(exp.base, first, interventions=interventions)
         assert run.losses[0] == pytest.approx(float(losses @ tokens / tokens.sum()), abs=1e-5)
 
