@@ -83,7 +83,7 @@ PARAMETERS = {
     "a coefficient twice, in two spellings": (["coefficients", "4,4.0"], "'coefficients' .* name each value once"),
     "a trait twice": (["other_traits", "pirate,pirate"], "'other_traits' .* name each value once"),
     "more sequences than there are": (["sequences", "10000"], "'sequences' is 10000, but there are 64"),
-    "one sequence more than there are": (["sequences", "33"], "take at most 32"),
+    "one sequence more than there are": (["sequences", "65"], "take at most 64"),
     "a trait one letter off": (["trait", "evill"], "did you mean 'evil'"),
     "a trait that is a path": (["trait", "../traits/evil"], "There is no trait"),
     "a trait compared with itself": (["other_traits", "evil"], "contains the trait itself"),
