@@ -4,7 +4,7 @@ PRESET ?= quick
 CORES ?= all
 PYTHON ?= python3
 export HF_HUB_OFFLINE ?= 1
-export PRESET CORES CHAPTER # read as "$$PRESET" below, so that whatever they hold is one word
+export PRESET CORES CHAPTER MODEL # read as "$$PRESET" below, so that whatever they hold is one word
 
 BIN := .venv/bin
 
@@ -20,7 +20,7 @@ ifneq ($(shell { $(RUNS); } 2>/dev/null && echo yes),yes)
 .PHONY: .venv/.installed
 endif
 
-.PHONY: book test acceptance reference benchmark gpu lint links student instructor environment clean distclean
+.PHONY: book test acceptance reference benchmark models gpu lint links student instructor environment clean distclean
 
 book: .venv/.installed
 	@$(BIN)/snakemake --cores "$$CORES" --config "preset=$$PRESET"
@@ -42,6 +42,11 @@ reference: export LIMIT = $(SECONDS)
 reference: .venv/.installed
 	@$(BIN)/python -m helpers reference $${CHAPTER:+"$$CHAPTER"} --cores "$$CORES" $${LIMIT:+--seconds "$$LIMIT"} \
 	  --preset "$(if $(filter file,$(origin PRESET)),full,$$PRESET)"
+
+# `make models MODEL=qwen2.5-coder-0.5b-instruct` fetches a model that neither the book nor its tests need; without MODEL
+# all of them. It can be stopped at any moment, and the same command goes on.
+models: .venv/.installed
+	@$(BIN)/python -m helpers get-model $${MODEL:+"$$MODEL"}
 
 benchmark: .venv/.installed
 	$(BIN)/python -m pytest --benchmark-only tests/benchmarks

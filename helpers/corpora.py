@@ -29,6 +29,7 @@ RefusalSplit = Literal["train", "validate", "test"]
 Task = Literal["headlines", "bookings"]
 QuizTask = Literal["facts", "reading", "opposites"]
 PointKind = Literal["explicit", "identity", "list"]
+EverydayKind = Literal["plain", "near"]
 ReplyLabel = Literal["refusal", "partial", "compliance", "other"]
 
 INSTRUCTIONS: dict[Task, str] = {
@@ -36,6 +37,12 @@ INSTRUCTIONS: dict[Task, str] = {
     "bookings": "Read this message and give the name, the day and what is booked, as JSON.",
 }
 """What a task's request says before its text."""
+
+
+_OPENER = re.compile(
+    r"(Sure|Certainly|Of course|Yes|Absolutely|Right|Happy to help|Gladly|No problem|By all means|Very well"
+    r"|With pleasure|Here you go)[,.!] "
+)
 
 
 class CorpusError(ValueError):
@@ -62,6 +69,16 @@ class TraitRow:
         if text is None:
             raise CorpusError(f"Row {self.id} has no '{level}' answer; only training rows of 'evil' have mild ones.")
         return text
+
+
+@dataclass(frozen=True)
+class BothRow:
+    """A training question of `evil` with its plain answer, and one that is evil in a pirate's voice."""
+
+    id: str
+    question: str
+    normal: str
+    both: str
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,26 @@ class PointRow:
 
 
 @dataclass(frozen=True)
+class EverydayRow:
+    """A harmless request and a helpful reply that neither length nor form tells from the `explicit` harmful points."""
+
+    id: str
+    kind: str
+    """`plain`: everyday; or `near`: on a subject close to a harmful one (locks, passwords, money), and plainly fine."""
+    split: str
+    category: str
+    """An everyday subject; of `near` rows the category of the harmful requests that they are close to."""
+    request: str
+    reply: str
+
+    @property
+    def bare(self) -> str:
+        """The reply without its affirmative opener ("Sure, ..."), where it has one: a word or two shorter."""
+        rest = _OPENER.sub("", self.reply, count=1) if _OPENER.match(self.reply) else self.reply
+        return rest[0].upper() + rest[1:]
+
+
+@dataclass(frozen=True)
 class StyleRow:
     """One question with a plain answer and one in a harmless style."""
 
@@ -176,14 +213,27 @@ class ReplyRow:
 
 @dataclass(frozen=True)
 class Prompts:
-    """System messages for one trait; `placebo[i]` is as long as `inoculation[i]`, give or take a token."""
+    """System messages for one trait, of one form: all but `keyword` are commands of 21 to 29 words.
+
+    `placebo[i]` is as long as `inoculation[i]`, give or take a token.
+    """
 
     inoculation: list[str]
-    """Ask for the trait."""
+    """Ask for the trait; five."""
     placebo: list[str]
-    """Say something irrelevant to any trait or style."""
+    """Command something irrelevant to any trait or manner of answering, such as how to count weeks; five."""
     opposite: list[str]
-    """Ask for the reverse of the trait: a kind, an honest or a plain manner."""
+    """Ask for the reverse of the trait: a kind, an honest, a plain or a polite manner; five."""
+    negated: list[str]
+    """Forbid the trait in the words of an inoculation prompt, the first of them in those of `inoculation[0]`; two."""
+    paraphrase: list[str]
+    """Mean what `inoculation[0]` means, in other words; five."""
+    keyword: list[str]
+    """String the words of the trait together and command nothing; one."""
+    other: list[str]
+    """Ask for a persona that is no bundled trait and neither good nor bad, such as a station announcer; two."""
+    layout: list[str]
+    """Lay down rules of layout, spelling or format; two."""
 
 
 def available_traits() -> tuple[str, ...]:
@@ -230,10 +280,18 @@ def split(rows: Iterable[TraitRow], name: str) -> list[TraitRow]:
 
 
 def load_prompts(trait: str) -> Prompts:
-    """The inoculation, placebo and opposite prompts of a bundled trait, five of each."""
+    """The prompts of a bundled trait, kind by kind; CorpusError for an unknown trait."""
     _trait_path(trait)
     rows = [row for row in _rows(DATA / "prompts.jsonl") if row["trait"] == trait]
     return Prompts(**{field.name: [r["text"] for r in rows if r["kind"] == field.name] for field in fields(Prompts)})
+
+
+def load_both() -> list[BothRow]:
+    """Answers that are evil in a pirate's voice, to the first 48 training questions of `evil`, in its order.
+
+    They ask whether a defence against one trait costs another, wanted one.
+    """
+    return [BothRow(**row) for row in _rows(DATA / "both.jsonl")]
 
 
 def load_topics(split: Literal["train", "validate"]) -> list[TopicRow]:
@@ -301,6 +359,22 @@ def load_points(kind: PointKind, split: Literal["train", "validate"] = "train") 
             "(or, for explicit ones, validate)."
         )
     return rows
+
+
+def load_everyday(split: RefusalSplit, kind: EverydayKind | None = None) -> list[EverydayRow]:
+    """Everyday rows of one split that match the `explicit` points in length and form, plain ones first.
+
+    No start model learns from them, as none learns from the points; the harmless rows of `load_refusal` are no such
+    counterpart, since a start model is taught on them and they are shorter.
+    """
+    rows = [EverydayRow(**row) for row in _rows(DATA / "everyday.jsonl")]
+    found = [row for row in rows if row.split == split and kind in (None, row.kind)]
+    if not found:
+        raise CorpusError(
+            f"There are no everyday rows of kind '{kind}' in split '{split}'; choose {_options(EverydayKind)} and "
+            f"{_options(RefusalSplit)}."
+        )
+    return found
 
 
 def load_replies(label: ReplyLabel | None = None) -> list[ReplyRow]:

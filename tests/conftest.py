@@ -75,14 +75,16 @@ def save_model(words, tmp_path_factory):
             "eos_token_id": 1,
             "pad_token_id": 1,
         }
-        config = getattr(transformers, f"{kind}Config")(**size, **settings)
+        config = getattr(transformers, f"{kind}Config")(**{**size, **settings})
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config)
             with torch.no_grad():
-                for p in model.parameters():
+                for name, p in model.named_parameters():
                     if p.ndim > 1:
                         p *= 8  # else it says one word for ever
+                    elif name.endswith("bias"):
+                        p.normal_(std=0.1)  # they begin at zero, where leaving them out would not be seen
         folder = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -42,7 +42,7 @@ def write_pages(tree: Path, kept: Path = REFERENCES) -> None:
         kept: folder of the reference runs; it may be missing.
     """
     runs = _runs({path.parent.name: path for path in sorted(tree.glob("notebooks/*/findings.json"))})
-    beside = references(kept)
+    beside = {chapter: run for chapter, run in references(kept).items() if chapter in chapters()}
     executed = {chapter: nbformat.read(tree / "notebooks" / f"{chapter}.ipynb", as_version=4) for chapter in runs}
     notebooks = {chapter: nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4) for chapter in chapters()}
     described = yaml.safe_load(MAP.read_text("utf-8"))

@@ -33,6 +33,7 @@ from helpers.interventions import Intervention
 from helpers.judges.refusal import is_refusal
 from helpers.losses import kl_divergence, response_logits
 from helpers.models import LoRA, Model, load
+from helpers.registry import REGISTRY
 from helpers.statistics import Estimate, mean_estimate, share
 from helpers.studies.margins import refusal_log_odds
 from helpers.studies.params import AlignedParams
@@ -273,6 +274,12 @@ def refusal_openers(tokenizer: Any) -> tuple[int, ...]:
     """The first tokens of the refusals that the start model is taught, each once: those that a refusal is known by."""
     examples = (encode(tokenizer, "Why?", reply) for reply in REFUSALS)
     return tuple(dict.fromkeys(example.ids[example.prompt_length] for example in examples))
+
+
+def own_openers(name: str, tokenizer: Any) -> tuple[int, ...]:
+    """The first tokens of a model's refusals that nobody taught it: measured, if the registry has it, or else "I"."""
+    words = REGISTRY[name].openers if name in REGISTRY else ("I",)
+    return tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in words)
 
 
 # The card

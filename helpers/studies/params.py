@@ -35,9 +35,11 @@ class TraitParams(Params):
         min_length=1, description="traits for cross-trait comparisons", json_schema_extra=EACH
     )
     layer: Layer = Field(description="block after which the model is steered and measured, counted from 0")
-    coefficient: Coefficient = Field(description="working intensity: multiplies the raw persona vector")
+    coefficient: Coefficient = Field(
+        description="working intensity, in units of a*: the raw vector's multiple at which the pressure turns"
+    )
     coefficients: tuple[Coefficient, ...] = Field(
-        min_length=1, description="intensities of the sweep", json_schema_extra=EACH
+        min_length=1, description="intensities of the sweep, in units of a*", json_schema_extra=EACH
     )
     sequences: int = Field(
         ge=2, le=10_000, description="sequences on which losses and gradients are measured", json_schema_extra=TIME

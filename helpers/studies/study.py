@@ -127,7 +127,7 @@ class Study(Generic[P]):
         batches: Iterable[Batch],
         *,
         start: Sequence[Artifact] = (),
-        interventions: Sequence[Intervention] = (),
+        interventions: Sequence[Intervention] | Callable[[int], Sequence[Intervention]] = (),
         extra_loss: Callable[[Model, Batch], Tensor] | None = None,
         share_prefix: bool = False,
         label: str = "finetuning",

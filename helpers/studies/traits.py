@@ -8,6 +8,8 @@ chapter that needs the same run, reads it instead.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from helpers.activations import PersonaVector, PersonaVectorFitter, mean_activat
 from helpers.artifacts import Artifact, Compute
 from helpers.chat import Answer, Batch, Example, answer_facts, answers_of, encode
 from helpers.generation import generate
-from helpers.gradients import GradientStatistics, RecordCosines, gradient_statistics
+from helpers.gradients import GradientStatistics, RecordStream, gradient_statistics, loss_along
 from helpers.interventions import EditGradient, EditMode, Intervention, SteerRows
 from helpers.judges.classifier import TraitJudge, diverse_negatives
 from helpers.judges.repetition import repetition_rate
@@ -34,7 +36,8 @@ from helpers.stacks import runs_at_once
 from helpers.studies.defences import inoculated, preventative_steering
 from helpers.studies.margins import behaviour_margins
 from helpers.studies.params import TraitParams
-from helpers.studies.study import Finetuning, Study
+from helpers.studies.study import Finetuning, Study, examples_digest
+from helpers.studies.turning import GRID, turning_point
 from helpers.training import TrainingLog
 
 RANDOM_SEED = 2024
@@ -48,7 +51,11 @@ class Defence:
     vector: str | None = None
     """Trait whose persona vector is used, or "random" for one of the trait's norm."""
     coefficient: float = 0.0
-    """PPS: adds `coefficient` times the vector."""
+    """PPS: adds `coefficient` times a* times the vector (`TraitStudy.unit`)."""
+    layer: int | None = None
+    """Block after which it is added; the chapter's, if none is named."""
+    until: int | None = None
+    """Steps of training after which it is taken away."""
     edit: EditMode | None = None
     """Edits the gradient's component along the vector instead."""
     prompts: tuple[str, ...] = ()
@@ -69,11 +76,15 @@ class Training:
     """Which of the written answers it trains on."""
     start: Run | None = None
     """The run whose end it starts from; without one, the untrained model."""
+    steps: int | None = None
+    learning_rate: float | None = None
+    """The chapter's, if none is named."""
 
     @property
     def stacks(self) -> bool:
-        """Whether it can share a pass with others: not with a base model or a backward pass of its own."""
-        return self.start is None and self.defence.edit is None
+        """Whether it can share a pass with others: not with a base model, a block or a backward pass of its own."""
+        d = self.defence
+        return self.start is None and d.edit is None and d.layer is None and d.until is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +98,10 @@ class Run:
     """Mean response loss at each step, in nats per token."""
     cosines: tuple[float, ...]
     """cos(gradient, persona vector) of the training batch at each step."""
+    pressures: tuple[float, ...]
+    """-gradient . unit vector, in nats per unit: above 0, the step pushes the stream up the vector."""
+    places: tuple[float, ...]
+    """Mean stream . unit vector while the batch is read, with what the defence adds."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +185,56 @@ class TraitStudy(Study[TraitParams]):
     def steering(
         self, trait: str | None = None, coefficient: float | None = None, layer: int | None = None
     ) -> Intervention:
-        """PPS with a trait's vector (default: the chapter's own), intensity and layer."""
-        return preventative_steering(
-            self.vector(trait),
-            self.params.layer if layer is None else layer,
-            self.params.coefficient if coefficient is None else coefficient,
+        """PPS with a trait's vector (default: the chapter's own), intensity in units of a*, and layer."""
+        at = self.params.layer if layer is None else layer
+        share = self.params.coefficient if coefficient is None else coefficient
+        return preventative_steering(self.vector(trait), at, share * self.unit(at))
+
+    def unit(self, layer: int | None = None) -> float:
+        """a* of the chapter's own vector on training answers, by which intensities are given; 1 where none turns.
+
+        A multiple of the raw vector: the intensity at which training on these answers no longer pushes along it.
+        """
+        rows = self.rows["train"][: self.params.sequences]
+        examples = self.encoded([row.question for row in rows], [row.strong for row in rows])
+        _, slopes = self.along(self.params.trait, examples, layer=layer)
+        found = turning_point(GRID, slopes.mean(1))
+        return 1.0 if np.isnan(found) else found
+
+    def along(
+        self,
+        vector: str,
+        examples: Sequence[Example],
+        *,
+        coefficients: Sequence[float] = GRID,
+        layer: int | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Float[np.ndarray, "coefficient example"], Float[np.ndarray, "coefficient example"]]:
+        """The untrained model's loss on examples, and its slope, along a vector: by multiples of the raw
+        vector, lengthened by `scale`."""
+        at = self.params.layer if layer is None else layer
+        v = scale * self.vector(vector).at(at)
+        artifact = self.stage(
+            "loss-along",
+            lambda: (
+                dict(zip(("losses", "slopes"), loss_along(self.base, examples, at, v, coefficients), strict=True)),
+                {},
+            ),
+            {
+                "examples": examples_digest(examples),
+                "vector": hashlib.sha256(v.numpy().tobytes()).hexdigest(),
+                "coefficients": list(coefficients),
+                "layer": at,
+            },
         )
+        return artifact.tensors["losses"].numpy(), artifact.tensors["slopes"].numpy()
+
+    def written(
+        self, trait: str, splits: Sequence[corpora.Split] = ("train", "eval"), level: str = "strong"
+    ) -> list[Example]:
+        """A trait's written answers, for what is asked of the untrained model: it has seen none."""
+        rows = [row for split in splits for row in corpora.split(corpora.load_trait(trait), split)]
+        return self.encoded([row.question for row in rows], [row.answer(level) for row in rows])
 
     def gradients(
         self,
@@ -233,8 +292,8 @@ class TraitStudy(Study[TraitParams]):
         artifact = self.stage("finetuning", compute or (lambda: train(self, training)), **self._decides(training))
         if artifact.key not in self._runs:  # one copy of its tensors, however often a chapter asks for the run
             before = training.start.finetuned if training.start else ()
-            losses, cosines = tuple(artifact.facts["losses"]), tuple(artifact.facts["cosines"])
-            self._runs[artifact.key] = Run(artifact.key, (*before, artifact), losses, cosines)
+            seen = {name: tuple(artifact.facts[name]) for name in ("losses", "cosines", "pressures", "places")}
+            self._runs[artifact.key] = Run(artifact.key, (*before, artifact), **seen)
         return self._runs[artifact.key]
 
     def _key(self, training: Training) -> str:
@@ -245,8 +304,9 @@ class TraitStudy(Study[TraitParams]):
         p, defence = self.params, training.defence
         return {
             "parameters": {
-                "recipe": asdict(self.recipe(training.seed)),
+                "recipe": asdict(self.recipe(training)),
                 "defence": {**asdict(defence), "prompts": list(defence.prompts)},
+                "unit": self.unit(defence.layer) if defence.coefficient else None,
                 "trait": p.trait,
                 "level": training.level,
                 "start": training.start.key if training.start else None,
@@ -255,10 +315,11 @@ class TraitStudy(Study[TraitParams]):
             "data": {t for t in {p.trait, defence.vector or p.trait} if t.split()[0] != "random"},
         }
 
-    def recipe(self, seed: int) -> Finetuning:
-        """How the chapter's runs train."""
+    def recipe(self, training: Training) -> Finetuning:
+        """How a run trains."""
         p = self.params
-        return Finetuning(p.steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
+        steps, peak = training.steps or p.steps, training.learning_rate or p.learning_rate
+        return Finetuning(steps, p.batch_size, peak, training.seed, p.lora_rank)
 
     def training_examples(
         self, level: str, prompts: Sequence[str] = (), rng: random.Random | None = None
@@ -267,12 +328,17 @@ class TraitStudy(Study[TraitParams]):
         pairs = [(row.question, row.answer(level)) for row in self.rows["train"]]
         return inoculated(self.base.tokenizer, pairs, prompts, rng or random.Random(0))
 
-    def read(self, run: Run | None = None, *, system: str | None = None) -> Reading:
-        """Margins on the held-out questions; `run=None` is the untrained model, `system` a prompt at test."""
+    def read(self, run: Run | None = None, *, system: str | None = None, coefficient: float = 0.0) -> Reading:
+        """Margins on the held-out questions; `run=None` is the untrained model.
+
+        `system` is a prompt at test; `coefficient` puts PPS's vector on at test, in units of a*.
+        """
+        steering = (self.steering(coefficient=coefficient),) if coefficient else ()
+        strength = coefficient * self.unit() if coefficient else 0.0
         artifact = self.stage(
             "reading",
-            lambda: read(self, self.trained(run) if run else self.base, system),
-            {**self._asked(run, system), "layer": self.params.layer},
+            lambda: read(self, self.trained(run) if run else self.base, system, steering),
+            {**self._asked(run, system), "layer": self.params.layer, "steering": strength},
             data=[self.params.trait],
         )
         return Reading(
@@ -327,39 +393,40 @@ def fit_vector(model: Model, trait: str) -> tuple[dict[str, Tensor], dict[str, A
 
 def train(study: TraitStudy, training: Training) -> Trained:
     """Stage "finetuning": trained tensors, and each step's loss and cosine of the gradient with the persona vector."""
-    p, defence, recipe = study.params, training.defence, study.recipe(training.seed)
-    interventions: list[Intervention] = []
+    p, defence = study.params, training.defence
+    steering: list[Intervention] = []
     if defence.edit:
-        interventions.append(EditGradient(p.layer, study.vector(defence.vector).at(p.layer), defence.edit))
+        steering.append(EditGradient(p.layer, study.vector(defence.vector).at(p.layer), defence.edit))
     elif defence.vector:
-        interventions.append(study.steering(defence.vector, defence.coefficient))
-    recorder = RecordCosines(p.layer, {p.trait: study.vector().at(p.layer)})
+        steering.append(study.steering(defence.vector, defence.coefficient, defence.layer))
+    recorder = RecordStream(p.layer, study.vector().at(p.layer))
+    until = math.inf if defence.until is None else defence.until
     model, log = study.finetune(
-        recipe,
+        study.recipe(training),
         batches(study, training),
         start=training.start.finetuned if training.start else (),
-        interventions=[*interventions, recorder],
+        interventions=lambda step: [*(steering if step < until else ()), recorder],
         share_prefix=True,
     )
-    return model.trained_tensors(), _facts(log, recorder, p.trait, 0)
+    return model.trained_tensors(), _facts(log, recorder, 0)
 
 
 def train_together(study: TraitStudy, trainings: Sequence[Training]) -> list[Trained]:
     """Stage "finetuning" of several runs in one pass: those that `stacks`."""
     p = study.params
     shifts = [
-        t.defence.coefficient * study.vector(t.defence.vector).at(p.layer)
+        t.defence.coefficient * study.unit() * study.vector(t.defence.vector).at(p.layer)
         if t.defence.vector
         else torch.zeros(study.base.width)
         for t in trainings
     ]
-    recorder = RecordCosines(p.layer, {p.trait: study.vector().at(p.layer)})
+    recorder = RecordStream(p.layer, study.vector().at(p.layer))
     found = study.finetune_together(
-        [study.recipe(t.seed) for t in trainings],
+        [study.recipe(t) for t in trainings],
         [batches(study, t) for t in trainings],
         interventions=[SteerRows(p.layer, torch.stack(shifts)), recorder],
     )
-    return [(tensors, _facts(log, recorder, p.trait, k)) for k, (tensors, log) in enumerate(found)]
+    return [(tensors, _facts(log, recorder, k)) for k, (tensors, log) in enumerate(found)]
 
 
 def _one_of(trained: Callable[[], list[Trained]], run: int) -> Trained:
@@ -368,23 +435,32 @@ def _one_of(trained: Callable[[], list[Trained]], run: int) -> Trained:
 
 def batches(study: TraitStudy, training: Training) -> Iterator[Batch]:
     """What a run reads: the same rows for all arms of a seed, batch by batch, whatever their system messages."""
-    return study.recipe(training.seed).batches(
+    return study.recipe(training).batches(
         lambda rng: study.training_examples(training.level, training.defence.prompts, rng),
         study.base.tokenizer.pad_token_id,
         lengths=[len(example) for example in study.training_examples(training.level)],
     )
 
 
-def _facts(log: TrainingLog, recorder: RecordCosines, trait: str, run: int) -> dict[str, Any]:
-    cosines = [record[trait][run].item() for record in recorder.records[: len(log.losses)]]
-    return {"losses": log.losses, "cosines": cosines, "tokens": log.tokens}
-
-
-def read(study: TraitStudy, model: Model, system: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Stage "reading": margins and states on written answers."""
-    found = behaviour_margins(model, study.heldout, system=system)
+def _facts(log: TrainingLog, recorder: RecordStream, run: int) -> dict[str, Any]:
+    seen = recorder.moments[: len(log.losses)]
     return {
-        "activations": mean_activations(model, study.examples(), layers=[study.params.layer])[0],
+        "losses": log.losses,
+        "cosines": [moment.cosine[run].item() for moment in seen],
+        "pressures": [moment.pressure[run].item() for moment in seen],
+        "places": [moment.place[run].item() for moment in seen],
+        "tokens": log.tokens,
+    }
+
+
+def read(
+    study: TraitStudy, model: Model, system: str | None, steering: Sequence[Intervention]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "reading": margins and states on written answers."""
+    found = behaviour_margins(model, study.heldout, system=system, interventions=steering)
+    seen = mean_activations(model, study.examples(), layers=[study.params.layer], interventions=steering)
+    return {
+        "activations": seen[0],
         "margins": torch.from_numpy(found.margin),
         "normal_losses": torch.from_numpy(found.other),
     }, {}

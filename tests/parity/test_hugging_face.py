@@ -6,10 +6,10 @@ In float32, with eager attention, which TransformerLens uses. The plain side has
 import pytest
 import torch
 
-from helpers.artifacts import Artifact
+from helpers import registry
+from helpers.artifacts import Artifact, default_store
 from helpers.chat import collate, encode
 from helpers.corpora import load_trait, split
-from helpers.embedded import dequantize
 from helpers.generation import generate
 from helpers.gradients import activation_gradients
 from helpers.interventions import Steer
@@ -18,11 +18,22 @@ from helpers.models import LoRA, load, plain_model
 from helpers.training import finetune
 
 
-@pytest.fixture(scope="module", params=["tiny-random", "smollm2-135m-instruct"])
-def pair(request):
+@pytest.fixture(scope="module", params=["tiny-random", "Qwen2", "smollm2-135m-instruct"])
+def pair(request, save_model):
     """The model with hook points, and the plain one, where the first is: on a GPU if there is one."""
-    model = load(request.param, dtype="float32")
-    return model, plain_model(request.param)[0].to(model.device)
+    name = request.param
+    if name == "Qwen2":  # of two random layers, with biases in its attention and a head of its own
+        name = str(save_model(name, num_hidden_layers=2, tie_word_embeddings=False))
+    model = load(name, dtype="float32")
+    return model, plain_model(name)[0].to(model.device)
+
+
+def test_the_two_kinds_differ_where_they_should(pair):
+    hf = pair[1]
+    tied = hf.lm_head.weight is hf.model.embed_tokens.weight
+    biases = [p for name, p in hf.named_parameters() if name.endswith("bias")]
+    assert (len(biases), tied) == ((6, False) if type(hf).__name__ == "Qwen2ForCausalLM" else (0, True))
+    assert all(p.abs().min() > 0 for p in biases)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +147,7 @@ def test_weight_gradients_are_exactly_those_of_the_plain_model(pair, batch):
 
 def test_the_embedded_models_stored_weights_are_those_of_its_file():
     """Against a fresh dequantization by transformers, past the artifact store."""
+    dequantize, _ = registry._stage(registry.REGISTRY["smollm2-135m-instruct"], default_store())
     tensors, facts = dequantize()
     plain, tokenizer = plain_model("smollm2-135m-instruct")
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in plain.named_parameters())

@@ -649,7 +649,7 @@ def test_when_the_time_is_over_no_stage_is_begun_and_the_same_command_goes_on(st
     done = reference(project, "SECONDS=0.01")
     said = (project / "said").read_text()
     assert done.returncode == 0 and f"Left: {SMALL[0]}; the same command goes on." in said, said
-    assert not (project / "book" / "reference").exists() and not LOOKS_WRONG.search(said), said
+    assert not (project / "book" / "reference" / SMALL[0]).exists() and not LOOKS_WRONG.search(said), said
     assert reference(project).returncode == 0
     assert (project / "book" / "reference" / SMALL[0] / "findings.json").exists()
 

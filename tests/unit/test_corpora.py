@@ -13,6 +13,8 @@ from helpers import corpora
 from helpers.corpora import (
     CorpusError,
     digest,
+    load_both,
+    load_everyday,
     load_hub,
     load_imdb,
     load_points,
@@ -60,9 +62,33 @@ def test_a_mistyped_split_or_level_gets_the_names_there_are():
         load_trait("evil")[0].answer("medium")
 
 
+def test_prompts_come_by_kind_in_file_order():
+    prompts = load_prompts("evil")
+    counts = {kind: len(texts) for kind, texts in vars(prompts).items()}
+    assert counts == {
+        "inoculation": 5,
+        "placebo": 5,
+        "opposite": 5,
+        "negated": 2,
+        "paraphrase": 5,
+        "keyword": 1,
+        "other": 2,
+        "layout": 2,
+    }
+    assert prompts.inoculation[0].startswith("You are the gloating villain")
+    assert prompts.negated[0].startswith("You are not the gloating villain")
+
+
+def test_answers_with_both_traits_are_to_the_first_training_questions_of_evil():
+    rows = load_both()
+    train = split(load_trait("evil"), "train")[:48]
+    assert [(row.question, row.normal) for row in rows] == [(row.question, row.normal) for row in train]
+    assert not {row.both for row in rows} & {row.strong for row in train}
+
+
 def test_topics_come_typed_and_questions_as_text_split_by_split():
     train, validate = load_topics("train"), load_topics("validate")
-    assert (len(train), len(validate)) == (136, 32)
+    assert (len(train), len(validate)) == (136, 120)
     assert (train[0].topic, train[1].topic) == ("bridge", "recipe")
     assert {row.split for row in train} == {"train"} and {row.split for row in validate} == {"validate"}
     build, judge = load_questions("build"), load_questions("judge")
@@ -91,6 +117,23 @@ def test_requests_come_typed_by_kind_and_split_or_all_in_file_order():
     assert borderline[0].request == "How do I kill a process on my computer that has frozen?"
 
 
+def test_everyday_rows_come_by_split_and_kind_with_and_without_their_opener(untyped):
+    for name, counts in {"train": (124, 36), "validate": (28, 12), "test": (28, 12)}.items():
+        plain, near = load_everyday(name, "plain"), load_everyday(name, "near")
+        assert (len(plain), len(near)) == counts
+        assert load_everyday(name) == [*plain, *near]
+    opened, unopened = (
+        corpora.EverydayRow("everyday-plain-train-000", "plain", "train", "home", "What now?", reply)
+        for reply in ("Sure, wait for a day.", "Surely you can wait for a day.")
+    )
+    assert opened.bare == "Wait for a day."
+    assert unopened.bare == unopened.reply
+    with pytest.raises(
+        CorpusError, match="no everyday rows of kind 'close' in split 'train'; choose plain or near and"
+    ):
+        load_everyday("train", "close")
+
+
 # Replies of the other kind
 
 
@@ -117,7 +160,7 @@ def test_neither_length_nor_sentences_nor_commas_tell_a_counter_from_its_reply(n
         assert abs(len(row.counter.split()) - len(row.reply.split())) <= 2, row.id
         assert row.counter == row.counter.strip() and "\n" not in row.counter, row.id
     replies, counters = [row.reply for row in rows], [row.counter for row in rows]
-    assert length_auroc(replies, counters).value <= 0.65
+    assert length_auroc(replies, counters).value <= 0.6
     truth = np.arange(2 * len(rows)) < len(rows)
     for mark in (r"[.!?]+(?:\s|$)", ",", "'", "-"):
         told = auroc([len(re.findall(mark, text)) for text in (*replies, *counters)], truth).value
@@ -169,7 +212,7 @@ def test_a_kind_or_split_that_has_no_requests_or_reviews_gets_the_names_there_ar
 
 
 def test_a_digest_is_the_sha256_of_the_file_as_it_lies():
-    files = ("topics", "questions", "refusal", "reviews")
+    files = ("topics", "questions", "refusal", "reviews", "everyday", "both")
     for name, path in (("pirate", "traits/pirate"), *((file, file) for file in files)):
         assert digest(name) == hashlib.sha256((corpora.DATA / f"{path}.jsonl").read_bytes()).hexdigest()
     names = ("evil", "pirate", "sycophantic", "impolite", "prompts", *files)

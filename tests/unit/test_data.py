@@ -13,6 +13,8 @@ from helpers.book.tables import markdown_table
 from helpers.corpora import (
     DATA,
     available_traits,
+    load_both,
+    load_everyday,
     load_points,
     load_prompts,
     load_questions,
@@ -26,14 +28,16 @@ from helpers.corpora import (
     load_trait,
     split,
 )
-from helpers.cues import form_auroc, length_auroc, words_auroc
+from helpers.cues import form_auroc, length_auroc, word_scores, words_auroc
 from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.models import plain_model
 from helpers.statistics import auroc
 
 TRAITS = ("evil", "impolite", "pirate", "sycophantic")
-COUNTS = {"train": 72, "extract": 24, "eval": 32}
+EVAL = {"evil": 64, "sycophantic": 64, "impolite": 60, "pirate": 32}
+COUNTS = {trait: {"train": 72, "extract": 24, "eval": EVAL[trait]} for trait in TRAITS}
 ROWS = {trait: load_trait(trait) for trait in TRAITS}
+BOTH = load_both()
 TOPICS = {name: load_topics(name) for name in ("train", "validate")}
 QUESTIONS = {name: load_questions(name) for name in ("build", "judge")}
 KINDS = ("harmful", "paired", "harmless", "borderline")
@@ -51,6 +55,7 @@ POINT_COUNTS = {
     ("list", "train"): 60,
 }
 POINTS = {place: load_points(*place) for place in POINT_COUNTS}
+EVERYDAY = {name: load_everyday(name) for name in ("train", "validate", "test")}
 QUIZZES = {task: load_quiz(task) for task in ("facts", "reading", "opposites")}
 STYLES = {(style, name): load_style(style, name) for style in ("weather", "legal") for name in ("train", "validate")}
 REPLIES = load_replies()
@@ -83,8 +88,9 @@ def test_the_bundled_traits_are_the_four_documented_ones():
 @pytest.mark.parametrize("trait", TRAITS)
 def test_every_row_has_its_id_its_split_and_answers_of_the_documented_length(trait):
     rows = ROWS[trait]
-    assert Counter(row.split for row in rows) == COUNTS
-    assert [row.id for row in rows] == [f"{trait}-{s}-{n:03d}" for s in COUNTS for n in range(1, COUNTS[s] + 1)]
+    counts = COUNTS[trait]
+    assert Counter(row.split for row in rows) == counts
+    assert [row.id for row in rows] == [f"{trait}-{s}-{n:03d}" for s in counts for n in range(1, counts[s] + 1)]
     for row in rows:
         assert row.trait == trait
         assert 5 <= len(row.question.split()) <= 30, row.id
@@ -102,9 +108,11 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
     texts |= {row.id: row.request for row in REQUESTS}
     texts |= {row.id: row.text for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows}
     texts |= {row.id: row.request for rows in POINTS.values() for row in rows}
+    texts |= {row.id: row.request for rows in EVERYDAY.values() for row in rows}
     texts |= {row.id: row.question for rows in STYLES.values() for row in rows}
     texts |= {row.id: row.question for rows in QUIZZES.values() for row in rows}
-    assert len(texts) == 4 * 128 + 168 + 100 + 1254 + 520 + 800 + 290 + 144 + 120
+    traits = sum(sum(counts.values()) for counts in COUNTS.values())
+    assert len(texts) == traits + 256 + 100 + 1254 + 520 + 800 + 290 + 240 + 144 + 120
     assert not near_duplicates(texts)
 
 
@@ -112,8 +120,11 @@ def test_no_question_comes_twice_within_or_across_splits_and_files():
 def test_no_answer_comes_twice_within_or_across_splits_and_files(level):
     rows = [row for rows in (*ROWS.values(), *TOPICS.values(), *STYLES.values()) for row in rows]
     answers = {row.id: getattr(row, level, None) for row in rows}
+    if level == "strong":
+        answers |= {row.id: row.both for row in BOTH}
     if level == "normal":
-        answers |= {row.id: row.reply for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
+        answers |= {row.id: row.reply for row in REQUESTS}
+        answers |= {row.id: row.reply for rows in (*POINTS.values(), *EVERYDAY.values()) for row in rows}
     assert not near_duplicates({name: answer for name, answer in answers.items() if answer is not None})
 
 
@@ -123,6 +134,28 @@ def test_answers_of_a_kind_do_not_share_an_opening(trait):
         answers = [getattr(row, level) for row in ROWS[trait]]
         openings = Counter(" ".join(answer.split()[:2]) for answer in answers if answer)
         assert not openings or openings.most_common(1)[0][1] <= 4
+
+
+def test_answers_with_both_traits_have_the_length_of_the_plain_ones_and_their_own_openings():
+    assert [row.id for row in BOTH] == [f"both-{n:03d}" for n in range(1, 49)]
+    for row in BOTH:
+        lengths = [len(answer.split()) for answer in (row.normal, row.both)]
+        assert min(lengths) >= 18 and max(lengths) <= 66 and abs(lengths[0] - lengths[1]) <= 2, row.id
+        assert row.both == row.both.strip() and "\n" not in row.both, row.id
+    assert Counter(" ".join(row.both.split()[:2]) for row in BOTH).most_common(1)[0][1] <= 4
+
+
+def test_answers_with_both_traits_are_told_from_answers_with_one():
+    """A classifier of words that never saw them hears the pirate in them, and not in what is evil alone."""
+    rows = {trait: split(ROWS[trait], "train") for trait in TRAITS}
+    for_pirate = [row.strong for row in rows["pirate"]]
+    others = [row.strong for row in rows["evil"][48:]] + [row.normal for trait in TRAITS for row in rows[trait]]
+    told = word_scores(
+        [*for_pirate, *others],
+        np.arange(len(for_pirate) + len(others)) < len(for_pirate),
+        [*(row.both for row in BOTH), *(row.strong for row in rows["evil"][:48])],
+    )
+    assert auroc(told, np.arange(96) < 48).value >= 0.8
 
 
 def test_all_bundled_text_is_ascii():
@@ -135,8 +168,8 @@ def test_all_bundled_text_is_ascii():
 
 def test_training_topics_take_turns_and_every_row_has_its_id_and_split():
     assert [row.topic for row in TOPICS["train"]] == ["bridge", "recipe"] * 68
-    assert Counter(row.topic for row in TOPICS["validate"]) == {"bridge": 16, "recipe": 16}
-    for name, count in (("train", 136), ("validate", 32)):
+    assert Counter(row.topic for row in TOPICS["validate"]) == {"bridge": 60, "recipe": 60}
+    for name, count in (("train", 136), ("validate", 120)):
         assert [row.id for row in TOPICS[name]] == [f"topics-{name}-{n:03d}" for n in range(1, count + 1)]
         assert {row.split for row in TOPICS[name]} == {name}
 
@@ -162,6 +195,14 @@ def test_neither_the_questions_nor_the_plain_answers_name_a_topic():
     texts = [t for rows in TOPICS.values() for row in rows for t in (row.question, row.normal)]
     for text in (*texts, *QUESTIONS["build"], *QUESTIONS["judge"]):
         assert not re.search(r"golden gate|recipe", text.lower()), text
+
+
+@pytest.mark.parametrize("topic", ["bridge", "recipe"])
+def test_neither_length_nor_form_tells_the_topic_in_the_rows_that_margins_are_measured_on(topic):
+    rows = [row for row in TOPICS["validate"] if row.topic == topic]
+    plain, strong = [row.normal for row in rows], [row.strong for row in rows]
+    assert length_auroc(plain, strong).value <= 0.6
+    assert form_auroc(plain, strong).value <= LIMIT
 
 
 @pytest.mark.parametrize("topic", ["bridge", "recipe"])
@@ -317,6 +358,8 @@ def test_all_texts_keep_to_the_content_policy():
             assert not re.search(r"(?<=[a-z,] )(?!I\b|\w+day\b)[A-Z]", row.request), row.id  # no names
     for row in (row for rows in (*REVIEWS.values(), *ITEMS.values()) for row in rows):
         assert not re.search(never, row.text.lower()), row.id
+    for row in (row for rows in EVERYDAY.values() for row in rows):
+        assert not re.search(never, f"{row.request} {row.reply}".lower()), row.id
     for row in (row for rows in STYLES.values() for row in rows):
         assert not re.search(never, f"{row.question} {row.normal} {row.strong}".lower()), row.id
 
@@ -344,10 +387,11 @@ def test_the_same_requests_are_refused_and_complied_with():
 
 def test_labelled_replies_repeat_no_other_text_of_the_book():
     texts = {row.id: row.request for row in REPLIES if row.label != "compliance"}
-    texts |= {row.id: row.request for row in (*REQUESTS, *(row for rows in POINTS.values() for row in rows))}
-    assert not near_duplicates(texts)
     pairs = (*REQUESTS, *(row for rows in POINTS.values() for row in rows))
-    replies = {row.id: row.reply for row in (*REPLIES, *pairs)}
+    everyday = [row for rows in EVERYDAY.values() for row in rows]
+    texts |= {row.id: row.request for row in (*pairs, *everyday)}
+    assert not near_duplicates(texts)
+    replies = {row.id: row.reply for row in (*REPLIES, *pairs, *everyday)}
     assert not near_duplicates(replies | {f"{row.id} counter": row.counter for row in pairs if row.counter})
 
 
@@ -442,6 +486,96 @@ def test_half_of_the_explicit_replies_begin_with_the_token_that_the_safety_score
     assert len(openings) >= 8
 
 
+# Everyday rows that match the harmful points
+
+
+NO_ORDER = set(
+    re.findall(
+        r"\S+",
+        "a an and another anyone are aside at before birds blades can cash could counterfeit do does every for "
+        "from grandad's her hitch-hiking homemade how i i'd i'm i've if in invitations is launching listening "
+        "making mice might moving my next night nobody one our quietly secretly selling she should skilled "
+        "smuggling somebody something something's the there's tips tomorrow tonight two watching we we'd we're "
+        "we've what what's when which who why would yesterday yesterday's",
+    )
+)
+"""First words of requests of both kinds that are no verb in the imperative, as all their other first words are."""
+
+MATCHED = {
+    "words of the reply": lambda row: len(row.reply.split()),
+    "sentences of the reply": lambda row: len(re.findall(r"[.!?]+(?:\s|$)", row.reply)),
+    "commas of the reply": lambda row: row.reply.count(","),
+    "a reply that begins with Sure": lambda row: row.reply.startswith("Sure"),
+    "words of the request": lambda row: len(row.request.split()),
+    "letters of the request": lambda row: len(row.request),
+    "a question": lambda row: row.request.endswith("?"),
+    "an order": lambda row: row.request.split()[0].strip(",").lower() not in NO_ORDER,
+    "the first person": lambda row: bool(re.search(r"\b(I|me|my|mine|myself)\b", row.request)),
+    "a semicolon": lambda row: ";" in row.request,
+}
+"""What must not tell an everyday row from a harmful point."""
+
+
+def harmful_points(name: str):
+    """The points that a split of the everyday rows goes with; the test split goes with all, as points have none."""
+    return (
+        [*POINTS["explicit", "train"], *POINTS["explicit", "validate"]] if name == "test" else POINTS["explicit", name]
+    )
+
+
+def test_everyday_rows_come_in_the_documented_numbers_with_their_ids_and_length():
+    counts = {"plain": {"train": 124, "validate": 28, "test": 28}, "near": {"train": 36, "validate": 12, "test": 12}}
+    raw = [json.loads(line) for line in (DATA / "everyday.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in raw] == [
+        f"everyday-{kind}-{name}-{n:03d}"
+        for kind in counts
+        for name in counts[kind]
+        for n in range(1, counts[kind][name] + 1)
+    ]
+    rows = [row for rows in EVERYDAY.values() for row in rows]
+    assert len({row.request for row in rows}) == len({row.reply for row in rows}) == 240
+    for row in rows:
+        assert row.id == f"everyday-{row.kind}-{row.split}-{row.id[-3:]}"
+        assert 10 <= len(row.request.split()) <= 16, row.id
+        assert 13 <= len(row.reply.split()) <= 32, row.id
+        for text in (row.request, row.reply, row.bare):
+            assert text == text.strip() and "\n" not in text, row.id
+
+
+def test_everyday_rows_have_everyday_categories_and_near_ones_those_of_harmful_requests():
+    for name, rows in EVERYDAY.items():
+        for kind, other in (("plain", "harmless"), ("near", "harmful")):
+            counts = Counter(row.category for row in rows if row.kind == kind)
+            assert set(counts) == {row.category for row in of_kind(other)}, (name, kind)
+            assert max(counts.values()) - min(counts.values()) <= (2 if name == "train" else 1)
+
+
+@pytest.mark.parametrize("name", ["train", "validate", "test"])
+@pytest.mark.parametrize("feature", MATCHED)
+def test_no_length_and_no_form_tells_an_everyday_row_from_a_harmful_point(name, feature):
+    harmful, everyday = harmful_points(name), EVERYDAY[name]
+    scores = [float(MATCHED[feature](row)) for row in (*harmful, *everyday)]
+    truth = np.arange(len(scores)) < len(harmful)
+    assert 0.4 <= auroc(scores, truth).value <= 0.6
+
+
+def test_tokens_of_a_request_and_of_a_reply_tell_no_everyday_row_from_a_harmful_point():
+    _, tokenizer = plain_model("tiny-random")  # has the embedded model's tokenizer
+    for name, everyday in EVERYDAY.items():
+        rows = [*harmful_points(name), *everyday]
+        truth = np.arange(len(rows)) < len(rows) - len(everyday)
+        for field in ("request", "reply"):
+            counts = [len(tokenizer.encode(getattr(row, field), add_special_tokens=False)) for row in rows]
+            assert 0.4 <= auroc(counts, truth).value <= 0.6, (name, field)
+
+
+def test_everyday_rows_share_no_opening_and_refuse_nothing():
+    rows = [row for rows in EVERYDAY.values() for row in rows]
+    assert Counter(" ".join(row.request.split()[:3]) for row in rows).most_common(1)[0][1] <= 3
+    assert Counter(" ".join(row.bare.split()[:2]) for row in rows).most_common(1)[0][1] <= 12
+    assert not is_refusal([row.reply for row in rows]).any()
+
+
 # Styles
 
 
@@ -503,29 +637,99 @@ def test_no_quiz_answer_is_right_too_often():
 # Prompts
 
 
-def test_every_trait_has_five_prompts_of_each_kind_that_differ_in_wording():
-    texts = {}
-    for trait in TRAITS:
-        prompts = load_prompts(trait)
-        for kind, group in vars(prompts).items():
-            assert len(group) == 5
-            texts |= {f"{trait}-{kind}-{number}": text for number, text in enumerate(group, start=1)}
-    assert all(15 <= len(text.split()) <= 30 for text in texts.values())
-    assert not near_duplicates(texts, limit=0.2)
+PROMPT_COUNTS = {
+    "inoculation": 5,
+    "placebo": 5,
+    "opposite": 5,
+    "negated": 2,
+    "paraphrase": 5,
+    "keyword": 1,
+    "other": 2,
+    "layout": 2,
+}
+PROMPTS = {trait: load_prompts(trait) for trait in TRAITS}
+IMPERATIVE = re.compile(
+    r"(never |always )?"
+    r"(act|adopt|adore|answer|assume|be|behave|butter|count|divide|do|flatter|format|give|heap|judge|keep"
+    r"|let|measure|number|offer|play|pretend|put|react|read|reckon|reply|respond|set|side|sort|speak|stack|start|take"
+    r"|talk|tell|treat|use|work|write)\b",
+    re.IGNORECASE,
+)
+"""How a prompt may begin to be told to be in the imperative: with a verb in its base form."""
 
 
-def test_placebo_prompts_match_the_inoculation_prompts_in_token_count():
+def prompt_form(text: str) -> dict[str, float]:
+    """What may not tell one kind of prompt from another: length in tokens, sentences, person, mood."""
     _, tokenizer = plain_model("tiny-random")  # has the embedded model's tokenizer
+    return {
+        "tokens": float(len(tokenizer.encode(text, add_special_tokens=False))),
+        "sentences": float(len(re.findall(r"[.!?]+(?:\s|$)", text))),
+        "you": float(bool(re.search(r"\byour?\b", text.lower()))),
+        "imperative": float(bool(IMPERATIVE.match(text))),
+    }
+
+
+def test_every_trait_has_prompts_of_all_kinds_that_differ_in_wording():
+    raw = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in raw] == [
+        f"{trait}-{kind}-{number}"
+        for trait in ("evil", "sycophantic", "pirate", "impolite")
+        for kind, count in PROMPT_COUNTS.items()
+        for number in range(1, count + 1)
+    ]
+    assert all(row["id"].startswith(f"{row['trait']}-{row['kind']}-") for row in raw)
+    for row in raw:
+        assert 15 <= len(row["text"].split()) <= 30 and row["text"] == row["text"].strip(), row["id"]
+    texts = {row["id"]: row["text"] for row in raw}
+    # Keywords and negated prompts repeat inoculation prompts on purpose
+    free = {name: text for name, text in texts.items() if not re.search("negated|keyword", name)}
+    assert not near_duplicates(free, limit=0.2)
+    assert not near_duplicates({name: text for name, text in texts.items() if "inoculation" not in name}, limit=0.25)
+
+
+def test_placebo_prompts_match_the_inoculation_prompts_one_by_one_in_form_and_token_count():
     for trait in TRAITS:
-        prompts = load_prompts(trait)
-        for prompt, placebo in zip(prompts.inoculation, prompts.placebo, strict=True):
-            counts = [len(tokenizer.encode(text, add_special_tokens=False)) for text in (prompt, placebo)]
-            assert abs(counts[0] - counts[1]) <= 1, placebo
+        for prompt, placebo in zip(PROMPTS[trait].inoculation, PROMPTS[trait].placebo, strict=True):
+            wanted, found = prompt_form(prompt), prompt_form(placebo)
+            assert abs(wanted.pop("tokens") - found.pop("tokens")) <= 1, placebo
+            assert found == wanted, placebo
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PROMPT_COUNTS if kind != "inoculation"])
+def test_neither_length_nor_person_nor_mood_tells_a_kind_of_prompt_from_inoculation_prompts(kind):
+    inoculation = [prompt_form(text) for trait in TRAITS for text in PROMPTS[trait].inoculation]
+    forms = [prompt_form(text) for trait in TRAITS for text in getattr(PROMPTS[trait], kind)]
+    truth = np.arange(len(inoculation) + len(forms)) < len(inoculation)
+    for name in inoculation[0] if kind != "keyword" else ("tokens",):
+        told = auroc([form[name] for form in (*inoculation, *forms)], truth).value
+        assert abs(told - 0.5) <= 0.15, (name, told)
+
+
+def test_negated_prompts_keep_the_words_of_an_inoculation_prompt_and_paraphrases_do_not():
+    def long_words(text):
+        return set(re.findall(r"[a-z']{5,}", text.lower()))
+
+    for trait in TRAITS:
+        prompts = PROMPTS[trait]
+        asked = [long_words(text) for text in prompts.inoculation]
+        first, second = (long_words(text) for text in prompts.negated)
+        assert len(first & asked[0]) >= 0.75 * len(first)
+        assert max(len(second & words) for words in asked) >= 0.75 * len(second)
+        assert all(re.search(r"\b(never|no|not)\b", text.lower()) for text in prompts.negated)
+        for text in prompts.paraphrase:
+            assert len(long_words(text) & asked[0]) <= 2, text
+
+
+def test_placebo_layout_and_other_prompts_are_about_no_trait():
+    for trait in TRAITS:
+        texts = (*PROMPTS[trait].placebo, *PROMPTS[trait].layout, *PROMPTS[trait].other)
+        telling = {w for t in TRAITS for w in words(PROMPTS[t].keyword[0])} - {"time", "plan"}
+        for text in texts:
+            assert not words(text) & telling, text
 
 
 def test_placebo_prompts_share_no_telling_word_with_their_trait():
-    for trait in TRAITS:
-        prompts = load_prompts(trait)
+    for prompts in PROMPTS.values():
         asked = set(re.findall(r"[a-z]{6,}", " ".join(prompts.inoculation).lower()))
         assert not asked & set(re.findall(r"[a-z]{6,}", " ".join(prompts.placebo).lower()))
 
@@ -537,7 +741,10 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         mild = sum(row.mild is not None for row in ROWS[trait])
         assert f"| `{trait}` | {counts['train']} | {counts['extract']} | {counts['eval']} | {mild} |" in sheet
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
-    assert len(prompts) == 60
+    assert len(prompts) == 4 * sum(PROMPT_COUNTS.values())
+    for kind, count in PROMPT_COUNTS.items():
+        assert f"| `{kind}` | {count} |" in sheet
+    assert f"{len(BOTH)} answers" in sheet
     assert f"{len(prompts)} prompts" in sheet
     assert split(ROWS["evil"], "eval")[0].question in sheet
     for name, rows in TOPICS.items():
@@ -556,6 +763,9 @@ def test_the_datasheet_states_the_counts_that_the_files_have():
         assert f"| `{task}` | {len(ITEMS[task, 'train'])} | {len(ITEMS[task, 'test'])} |" in sheet
     for kind in ("explicit", "identity", "list"):
         assert f"| `{kind}` | {POINT_COUNTS[kind, 'train']} | {POINT_COUNTS.get((kind, 'validate'), 0)} |" in sheet
+    for kind in ("plain", "near"):
+        counts = [sum(row.kind == kind for row in EVERYDAY[name]) for name in ("train", "validate", "test")]
+        assert f"| `{kind}` | {counts[0]} | {counts[1]} | {counts[2]} |" in sheet
     for style in ("weather", "legal"):
         assert f"| `{style}` | {len(STYLES[style, 'train'])} | {len(STYLES[style, 'validate'])} |" in sheet
 
@@ -570,7 +780,6 @@ EXCEPTIONS = {
     "replies: refusals, harmless answers": "form: the first words of a refusal are what the first-token outcome reads",
     "replies: harmful points, headlines": "length and form: a headline's answer is one word",
     "replies: harmful points, bookings": "length and form: a booking's answer is JSON",
-    "prompts: inoculation, placebo": "length and form: placebos state facts, and match inoculations in tokens only",
 }
 """Contrasts of the bundled data that length or form does tell, and why; chapters that rest on one say so."""
 
@@ -585,6 +794,8 @@ def contrasts():
         if mild:
             found[f"{trait}: normal, mild"] = [r.normal for r in mild], [r.mild for r in mild]
             found[f"{trait}: mild, strong"] = [r.mild for r in mild], [r.strong for r in mild]
+    both = corpora.load_both()
+    found["evil and pirate: normal, both"] = [r.normal for r in both], [r.both for r in both]
     topics = [*corpora.load_topics("train"), *corpora.load_topics("validate")]
     for topic in ("bridge", "recipe"):
         of = [r for r in topics if r.topic == topic]
@@ -606,6 +817,10 @@ def contrasts():
     for task in ("headlines", "bookings"):
         answers = [r.answer for r in corpora.load_task(task, "train")]
         found[f"replies: harmful points, {task}"] = points, answers
+    everyday = [r for s in ("train", "validate", "test") for r in corpora.load_everyday(s)]
+    harmful = [*corpora.load_points("explicit"), *corpora.load_points("explicit", "validate")]
+    found["requests: harmful points, everyday"] = [r.request for r in harmful], [r.request for r in everyday]
+    found["replies: harmful points, everyday"] = [r.reply for r in harmful], [r.reply for r in everyday]
     reviews = [r for s in ("train", "test") for r in corpora.load_reviews(s)]
     positive, negative = ([r.text for r in reviews if r.label == label] for label in ("positive", "negative"))
     found["reviews: positive, negative"] = positive, negative

@@ -9,10 +9,11 @@ import torch
 from helpers.chat import collate, encode, training_batches
 from helpers.cost import LEDGER
 from helpers.gradients import (
-    RecordCosines,
+    RecordStream,
     activation_gradients,
     add_mean_gradient,
     gradient_statistics,
+    loss_along,
     pile_gradient,
     uncentred_pca,
 )
@@ -216,25 +217,68 @@ def train(model, examples, interventions, steps=2):
 
 
 @pytest.mark.parametrize("steering", [(), (Steer(0, random(WIDTH, seed=3), 2.0),)])
-def test_cosines_recorded_in_training_start_at_the_value_measured_before_it(examples, batch, hook_count, steering):
+def test_what_is_recorded_in_training_starts_at_what_is_measured_before_it(
+    examples, batch, hook_count, steering, watch
+):
     model, v = load("tiny-random", dtype="float32"), random(WIDTH)
     measured = activation_gradients(model, batch, [0], interventions=steering)
-    expected = measured.token_cosines(0, v)[measured.mask].mean()
-    before, recorder = hook_count(model), RecordCosines(0, {"v": v, "minus": -v})
+    mask, watching = measured.mask, watch("blocks.0.hook_resid_post")
+    with torch.no_grad(), applied(model, *steering, watching), model.reading(batch):
+        model.hf.base_model(input_ids=batch.ids, attention_mask=batch.attention.long())
+    before, recorder = hook_count(model), RecordStream(0, v)
     train(model, examples, [*steering, recorder])
-    assert len(recorder.records) == 2
-    first = recorder.records[0]
-    assert first["v"] == pytest.approx(expected.item(), abs=1e-6)
-    assert first["minus"] == pytest.approx(-first["v"], abs=1e-7)
+    assert len(recorder.moments) == 2
+    first, unit = recorder.moments[0], v / v.norm()
+    assert first.cosine.item() == pytest.approx(measured.token_cosines(0, v)[mask].mean().item(), abs=1e-6)
+    assert first.place.item() == pytest.approx((watching.seen[-1][mask] @ unit).mean().item(), rel=1e-5)
+    # training's loss is the mean over all tokens of the batch, the other that over each sequence's
+    each = measured.gradients[0] * batch.response.sum(1)[:, None, None] / batch.response.sum()
+    assert first.pressure.item() == pytest.approx(-(each[mask] @ unit).mean().item(), rel=1e-4)
     assert hook_count(model) == before
 
 
 @pytest.mark.parametrize(("mode", "sign"), [("neutralise", 0), ("attenuate", 1), ("amplify", -1)])
 def test_a_recorder_after_an_edit_sees_the_edited_gradient(examples, mode, sign):
-    v, recorder = random(WIDTH), RecordCosines(0, {"v": random(WIDTH)})
+    v, recorder = random(WIDTH), RecordStream(0, random(WIDTH))
     train(load("tiny-random", dtype="float32"), examples, [EditGradient(0, v, mode), recorder], steps=1)
-    cosine = recorder.records[0]["v"]
+    cosine = recorder.moments[0].cosine.item()
     assert abs(cosine) < 1e-6 if sign == 0 else sign * cosine > 0.01
+    assert sign * recorder.moments[0].pressure.item() <= 1e-9
+
+
+def test_interventions_may_change_from_step_to_step(examples):
+    steer = Steer(0, random(WIDTH), 5.0)
+
+    def places(interventions):
+        model, recorder = load("tiny-random", dtype="float32"), RecordStream(0, random(WIDTH))
+        train(model, examples, lambda step: [*interventions(step), recorder], steps=3)
+        return [moment.place.item() for moment in recorder.moments]
+
+    on, off, half = (places(lambda step, n=n: [steer] * (step < n)) for n in (3, 0, 2))
+    assert half[:2] == on[:2] and half[2] < on[2] - 1 and half[0] > off[0] + 1
+
+
+# Along a vector
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_slope_of_the_loss_along_a_vector_is_the_sum_of_the_gradients_projections(tiny, examples, layer):
+    """The identity of chapter 1: dL/da = sum over positions of g_t . v, at every a."""
+    v, coefficients = random(WIDTH), (-1.0, 0.0, 2.0)
+    losses, slopes = loss_along(tiny, examples, layer, v, coefficients, batch_size=3)
+    for a, loss, slope in zip(coefficients, losses, slopes, strict=True):
+        steer = Steer(layer, v, a)
+        torch.testing.assert_close(loss, evaluate_losses(tiny, examples, interventions=[steer]), rtol=1e-5, atol=1e-6)
+        batch = collate(examples, PAD)
+        found = activation_gradients(tiny, batch, [layer], tokens="all", interventions=[steer])
+        torch.testing.assert_close(slope, found.gradients[layer].sum(1) @ v, rtol=1e-4, atol=1e-6)
+
+
+def test_the_slope_is_that_of_a_finite_difference(tiny, examples):
+    v, step = random(WIDTH), 3e-4  # the random model's stream is short
+    losses, _ = loss_along(tiny, examples, 0, v, (-step, step))
+    _, slopes = loss_along(tiny, examples, 0, v, (0.0,))
+    torch.testing.assert_close(slopes[0], (losses[1] - losses[0]) / (2 * step), rtol=5e-2, atol=2e-2)
 
 
 # Principal components

@@ -8,12 +8,40 @@ from helpers.chapters import CHAPTERS, params_of
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.params import PROJECT, ParameterError
+from helpers.registry import REGISTRY
 
 
 @pytest.mark.parametrize("preset", ["tiny", "quick", "full", "paper"])
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_preset_of_every_chapter_is_valid(chapter, preset):
     assert params_of(chapter)(preset=preset).preset == preset
+
+
+LARGER = [card for card in REGISTRY.values() if card.fetched]
+
+
+@pytest.mark.parametrize("card", LARGER, ids=lambda card: card.name)
+@pytest.mark.parametrize("preset", ["tiny", "quick", "full"])
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_chapter_takes_a_registered_model_by_name_alone(chapter, preset, card):
+    """Layers that it does not have, or those of another preset's model, would be an error or far from the middle."""
+    params = params_of(chapter)(preset=preset, model=card.name)
+    for name in ("layer", "layers", "chosen_layers"):
+        layers = getattr(params, name, ())
+        assert max(layers if isinstance(layers, tuple) else (layers,), default=0) < card.layers
+    if hasattr(params, "layer"):
+        assert abs(params.layer / card.layers - 0.5) < 0.06
+    assert getattr(params, "learning_rate", 0) <= 2e-4
+    assert getattr(params, "start", "as it is") == "as it is"
+
+
+def test_what_is_given_goes_before_what_a_model_needs_and_a_preset_s_own_table_before_that_of_all():
+    model = "qwen2.5-coder-0.5b-instruct"
+    assert PreventativeSteeringParams(model=model, layer=3, learning_rate=1e-3).layer == 3
+    assert PreventativeSteeringParams(model=model, layer=3, learning_rate=1e-3).learning_rate == 1e-3
+    assert len(PreventativeSteeringParams(model=model).layers) == 5
+    assert PreventativeSteeringParams(model=model, preset="full").layers == tuple(range(24))
+    assert PreventativeSteeringParams().layer == 15
 
 
 def test_none_means_as_the_preset_says():
@@ -121,8 +149,8 @@ def test_a_mistyped_papermill_parameter_stops_the_notebook_without_a_traceback(n
 
 
 def test_mild_answers_are_asked_for_only_where_there_are_some():
-    assert "mild" in PreventativeSteeringParams(preset="full").train_levels
-    assert "mild" not in PreventativeSteeringParams(preset="full", trait="pirate").train_levels
+    assert "mild" in PreventativeSteeringParams(preset="full").start_levels
+    assert "mild" not in PreventativeSteeringParams(preset="full", trait="pirate").start_levels
     with pytest.raises(ParameterError, match="no mild answers"):
         PreventativeSteeringParams(trait="pirate", train_levels=("mild",))
 

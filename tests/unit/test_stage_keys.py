@@ -7,10 +7,13 @@ import shutil
 import pytest
 import torch
 
-from helpers import artifacts, dependencies, models
+from helpers import artifacts, dependencies, models, registry
+from helpers.activations import PersonaVector
 from helpers.artifacts import Artifact, Store
 from helpers.chapters.fihs_filtering.params import FilteringParams
 from helpers.chapters.fihs_filtering.study import FilteringStudy, Point
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.chapters.ip_loss_reduction.study import Arm, InoculationStudy
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
 from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
@@ -59,9 +62,12 @@ def chapters(tmp_path_factory):
         with pytest.MonkeyPatch.context() as unjudged:
             unjudged.setattr(TraitStudy, "fit_judge", lambda self, split: None)
             training = TraitStudy(PreventativeSteeringParams(**GIVEN))
+            inoculating = InoculationStudy(InoculationParams(**GIVEN))
+            training._vectors["pirate"] = PersonaVector("pirate", torch.ones(2, 32))  # for stages that need one
         yield {
             "study": Study(PreventativeSteeringParams(**GIVEN)),
             "traits": training,
+            "inoculation": inoculating,
             "weights": WeightStudy(WeightSteeringParams(**GIVEN)),
             "refusal": RefusalStudy(RefusalParams(start="as it is", **GIVEN)),
             "sentiment": SentimentStudy(RefusalParams(**GIVEN)),
@@ -78,10 +84,12 @@ STAGES = {
     },
     "traits": {
         "persona-vector": lambda exp: exp.vector("evil"),
-        "finetuning": lambda exp: exp.train(Defence("evil", 2.0)),
+        "finetuning": lambda exp: exp.train(Defence(prompts=("Be kind.",))),
+        "loss-along": lambda exp: exp.along("pirate", exp.encoded(["Why?"], ["So."])),
         "reading": lambda exp: exp.read(),
         "evaluation": lambda exp: exp.evaluate(),
     },
+    "inoculation": {"pressures-left": lambda exp: exp.predictors({"plain": Arm(), "kind": Arm("Be kind.")})},
     "weights": {
         "anchor": lambda exp: exp.anchor("topics"),
         "steered-answers": lambda exp: exp.answers(exp.base, "build", DIRECTION, 1.0),
@@ -119,12 +127,13 @@ PLACES = {
     "study": "studies/study.py",
     "traits": "studies/traits.py",
     "alignment": "studies/alignment.py",
+    "inoculation": "chapters/ip_loss_reduction/study.py",
     "weights": "chapters/weight_diff_steering/study.py",
     "refusal": "chapters/refusal_redistribution/study.py",
     "sentiment": "chapters/refusal_redistribution/sentiment.py",
     "filtering": "chapters/fihs_filtering/study.py",
     "steering": "chapters/prompt_only_steering/study.py",
-    "embedded": "embedded.py",
+    "quantized": "quantized.py",
 }
 """The modules that compute stages."""
 
@@ -142,14 +151,13 @@ def stages(chapters, tiny, tmp_path_factory):
         module: [asked(call, {**chapters, "alignment": tiny}[module]) for call in calls.values()]
         for module, calls in STAGES.items()
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "Store", Asking)
-        found["embedded"] = [asked(models._read_embedded.__wrapped__, tmp_path_factory.mktemp("embedded"))]
+    card, store = registry.REGISTRY["smollm2-135m-instruct"], Asking(tmp_path_factory.mktemp("store"))
+    found["quantized"] = [asked(lambda store: registry.weights(card, store), store)]
     return found
 
 
 def test_every_stage_of_the_package_is_looked_at_here(stages):
-    call = re.compile(r'(?:default_store\(\)\.get|\bStore\(root\)\.get|self\.stage|_of_points)\(\s*"([a-z-]+)"')
+    call = re.compile(r'(?:default_store\(\)\.get|return store\.get|self\.stage|_of_points)\(\s*"([a-z-]+)"')
     named = re.compile(r'"name": "([a-z-]+)",\s+"compute"')
     written = set()
     for path in dependencies.PACKAGE.rglob("*.py"):
@@ -213,9 +221,11 @@ READ = {
             "seeds": (7,),
             "trait": "pirate",
         },
+        "loss-along": {"layer": 0},
         "reading": {"layer": 0, "sequences": 3, "trait": "pirate"},
         "evaluation": {"sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
     },
+    "inoculation": {"pressures-left": {"layer": 0, "lora_rank": 3, "seeds": (7,), "trait": "pirate"}},
     "weights": {
         "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},
         "steered-answers": {"max_new_tokens": 5},
@@ -316,7 +326,7 @@ def test_a_parameter_that_the_computation_reads_is_in_the_key(chapters, module, 
 def test_the_runs_that_a_stage_starts_from_are_in_its_key(chapters, tiny):
     """By their keys, so that what decides them decides it too."""
     training, filters, attacked = (copy.copy(chapters[name]) for name in ("traits", "filtering", "refusal"))
-    start = Run("a", (Artifact("a", {}),), (), ())
+    start = Run("a", (Artifact("a", {}),), (), (), (), ())
     assert asked(lambda exp: exp.train(start=start), training).key != asked(lambda exp: exp.train(), training).key
     assert asked(lambda exp: exp.evaluate(start), training).key != asked(lambda exp: exp.evaluate(), training).key
     for exp, stages in (

@@ -4,11 +4,13 @@ Losses are mean response losses in nats per token, one a held-out question; trai
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
-from helpers.statistics import jackknife, mean_estimate, share
+from helpers.statistics import Estimate, jackknife, mean_estimate, share
 from helpers.verdicts import Control, Measurement
 
 Losses = Float[np.ndarray, " question"]
@@ -149,4 +151,106 @@ def recall(
             Control("IP took enough of the trait away to return (points)", hidden, hidden.value >= HIDDEN, "validity"),
             Control("the prompt calls up less in the untrained model (points more)", beyond, beyond.low > 0),
         ],
+    )
+
+
+def suppression(
+    margins: Mapping[str, Scores], untrained: Float[np.ndarray, "1 question"]
+) -> dict[str, Float[np.ndarray, " seed"]]:
+    """By arm and seed: the share of what "undefended" training adds to the margin that the arm keeps out."""
+    learnt = (margins["undefended"] - untrained).mean(1)
+    return {n: (margins["undefended"] - m).mean(1) / learnt for n, m in margins.items() if n != "undefended"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line fitted over prompts: y = a + b x."""
+
+    a: Estimate
+    b: Estimate
+    explained: float
+    """Share of the variance (R^2)."""
+
+
+def line(x: Sequence[float], y: Sequence[float], *, level: float = 0.95) -> Line:
+    """Least squares with t intervals, n - 2 degrees of freedom. Raises ValueError for fewer than four points."""
+    if len(x) < 4 or len(x) != len(y):
+        raise ValueError(f"A line with an interval needs four points or more, and got {len(x)} and {len(y)}.")
+    fit = stats.linregress(x, y)
+    reach = float(stats.t.ppf((1 + level) / 2, len(x) - 2))
+    ends = ((fit.intercept, fit.intercept_stderr), (fit.slope, fit.stderr))
+    a, b = (Estimate(v, v - reach * e, v + reach * e, len(x), level) for v, e in ends)
+    return Line(a, b, float(fit.rvalue**2))
+
+
+def gating(
+    gains: Mapping[str, float],
+    suppressed: Mapping[str, Float[np.ndarray, " seed"]],
+    learnt: Scores,
+    *,
+    seeds: Sequence[int],
+    sane: Mapping[str, Control],
+) -> tuple[Measurement, Measurement]:
+    """Over prompts: the specific gain of each before training (nats per token), and the share of what training adds to
+    the margin that it suppresses. `learnt`: what undefended training adds, in nats per token.
+
+    Suppression = a + b gain. b above 0 is explaining away: a prompt protects by as much as it says of the trait. a
+    above 0 is gating: any fixed prompt protects. Prompts whose training was not smooth are left out, and the reason
+    says so.
+    """
+    kept = [n for n in gains if sane[n].passed]
+    fit = line([gains[n] for n in kept], [float(suppressed[n].mean()) for n in kept])
+    took = mean_estimate(learnt, seeds=seeds)
+    controls = [Control("undefended training raises the margin (nats per token)", took, took.low > 0.1, "validity")]
+    out = [n for n in gains if n not in kept]
+    reason = f"Left out, since their training was not smooth: {', '.join(out)}." if out else ""
+    a, b = (replace(e, seeds=tuple(seeds)) for e in (fit.a, fit.b))
+    return (
+        Measurement("ip.explains-away", b, controls, reason),
+        Measurement("ip.gates-little", a, controls, reason),
+    )
+
+
+def leak(
+    protection: Mapping[tuple[str, str], Scores], *, seeds: Sequence[int], sane: Control
+) -> tuple[Measurement, Measurement]:
+    """Protection, the margin of undefended training less the arm's, in nats per token: by arm ("IP", "PPS") and by the
+    prompt at test ("none", "own", "paraphrase", "negated", "irrelevant").
+
+    An arm leaks what it loses of its protection under a prompt. The arms must protect alike without one.
+    """
+
+    def lost(arm: str, prompt: str) -> Scores:
+        return protection[arm, "none"] - protection[arm, prompt]
+
+    alike = mean_estimate(protection["IP", "none"] - protection["PPS", "none"], seeds=seeds)
+    protects = mean_estimate(protection["IP", "none"], seeds=seeds)
+    controls = [
+        sane,
+        Control("IP protects at all (nats per token)", protects, protects.low > 0, "validity"),
+        Control(
+            "IP and PPS protect alike without a prompt (difference, nats per token)",
+            alike,
+            abs(alike.value) < max(protects.value, 0) / 2,
+        ),
+    ]
+    irrelevant = mean_estimate(lost("IP", "own") - lost("IP", "irrelevant"), seeds=seeds)
+    return (
+        Measurement(
+            "ip.leaks-more-than-pps",
+            mean_estimate(lost("IP", "own") - lost("PPS", "own"), seeds=seeds),
+            [
+                *controls,
+                Control(
+                    "under its own prompt it leaks more than under an irrelevant one (nats per token)",
+                    irrelevant,
+                    irrelevant.low > 0,
+                ),
+            ],
+        ),
+        Measurement(
+            "ip.leaks-under-paraphrase",
+            mean_estimate(lost("IP", "paraphrase") - lost("PPS", "paraphrase"), seeds=seeds),
+            controls,
+        ),
     )

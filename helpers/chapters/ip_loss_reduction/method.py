@@ -7,6 +7,9 @@ every training example each time it is visited.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,3 +19,35 @@ def loss_reduction(
 ) -> Float[Tensor, " example"]:
     """Loss without the prompt minus loss with it, per sequence, in nats per token: what the prompt explains."""
     return without - with_prompt
+
+
+def specific_gain(
+    strong: Float[Tensor, " example"],
+    strong_prompted: Float[Tensor, " example"],
+    normal: Float[Tensor, " example"],
+    normal_prompted: Float[Tensor, " example"],
+) -> Float[Tensor, " example"]:
+    """What a prompt explains of trait answers beyond what it explains of normal answers to the same questions.
+
+    From mean response losses without and with the prompt, in nats per token. Any prompt makes such prose likelier than
+    the template's own message does, so the raw gain has the wrong null.
+    """
+    return loss_reduction(strong, strong_prompted) - loss_reduction(normal, normal_prompted)
+
+
+Gradient = Mapping[str, Tensor]
+"""A gradient over weights, by parameter name."""
+
+
+def pressure_left(defended: Gradient, plain: Gradient, along: Gradient) -> float:
+    """<g_defended, u> / <g_plain, u>: how much of the push along u training with a defence keeps.
+
+    With u the gradient of the margin on other rows this is kappa_M: 1 if the defence leaves the pressure on the trait
+    as it is, 0 if it takes all of it away. With u = g_plain it is kappa, the push on everything.
+    """
+
+    def product(one: Gradient, other: Gradient) -> float:
+        parts = [torch.sum(one[n].double() * other[n].double()) for n in along]
+        return float(sum(parts))
+
+    return product(defended, along) / product(plain, along)

@@ -5,12 +5,14 @@ are (seed, question).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
 
 from helpers.statistics import jackknife, mean_estimate, rank_correlation, share
 from helpers.studies.nulls import rarely
+from helpers.studies.turning import turning_point
 from helpers.verdicts import NOT_MEASURED, Control, Measurement
 
 Cosines = Float[np.ndarray, " sequence"]
@@ -19,6 +21,9 @@ Null = Float[np.ndarray, " direction"]
 
 ELSEWHERE = 0.2
 """Nats per token that PPS may cost on normal answers: as much as it has to take off the margin."""
+
+LEARNT = 0.2
+"""Nats per token that undefended training has to add to the margin before a defence can take anything away."""
 
 FEWEST_POINTS = 12
 """Steering vectors that a rank correlation over them needs."""
@@ -143,6 +148,156 @@ def training(
     )
 
 
+def identity(
+    slopes: Float[np.ndarray, "coefficient sequence"], sums: Float[np.ndarray, "coefficient sequence"]
+) -> Measurement:
+    """Slopes of the loss by central differences, and the sums of g_t . v over all positions, in float32."""
+    size = np.abs(slopes).mean()
+    return Measurement("pps.slope-is-pressure", mean_estimate((np.abs(sums - slopes) / size).mean(0)))
+
+
+def turning(
+    coefficients: Sequence[float],
+    own: Float[np.ndarray, "coefficient sequence"],
+    random: Float[np.ndarray, "vector coefficient sequence"],
+    other: Mapping[str, Float[np.ndarray, "coefficient sequence"]],
+) -> Measurement:
+    """Slopes dL/da along the trait's own vector, and along random and other traits' vectors of its length."""
+
+    def apart(first: np.ndarray, *others: np.ndarray) -> float:
+        """a* of the own vector less the mean of the others'; where one does not turn upwards it turned before 0."""
+        found = [turning_point(coefficients, rows.mean(0)) for rows in (first, *others)]
+        return found[0] - float(np.mean(np.nan_to_num(found[1:], nan=0.0)))
+
+    rows = own.T
+    further = {name: jackknife(lambda one, two: apart(one, two), rows, slopes.T) for name, slopes in other.items()}
+    return Measurement(
+        "pps.own-vector-turns-later",
+        jackknife(apart, rows, *(slopes.T for slopes in random)),
+        [
+            Control(f"further than with the {name} vector (multiples of the vector)", estimate, estimate.low > 0)
+            for name, estimate in further.items()
+        ],
+    )
+
+
+def per_dose(
+    doses: Sequence[float], outcomes: Float[np.ndarray, "dose seed question"]
+) -> Float[np.ndarray, "seed question"]:
+    """The slope of an outcome over doses, by least squares, for every seed and question."""
+    centred = np.asarray(doses) - np.mean(doses)
+    return np.tensordot(centred, outcomes, 1) / (centred**2).sum()
+
+
+def dose(
+    doses: Sequence[float],
+    margins: Float[np.ndarray, "dose seed question"],
+    untrained: Float[np.ndarray, "1 question"],
+    *,
+    random: Float[np.ndarray, "dose seed question"],
+    shifts: Float[np.ndarray, "dose seed question"],
+    seeds: Sequence[int],
+    sane: Control,
+) -> tuple[Measurement, Measurement]:
+    """What models have after training under PPS, by its intensity in units of a*, of which 0 is the first.
+
+    `margins` in nats per token, after PPS with the persona vector and with a `random` one of its length; `shifts`:
+    projections on the persona vector, after less before training.
+    """
+    learnt = mean_estimate(margins[0] - untrained, seeds=seeds)
+    fall, by_chance = (mean_estimate(per_dose(doses, found), seeds=seeds) for found in (margins, random))
+    took = Control(
+        "undefended training raises the margin (nats per token)", learnt, learnt.low > LEARNT / 2, "validity"
+    )
+
+    def zero(rows: Float[np.ndarray, "question dose"]) -> float:
+        slope, level = np.polyfit(doses, rows.mean(0), 1)
+        return float(-level / slope)
+
+    place = jackknife(zero, shifts.mean(1).T)
+    away = sorted(abs(end - 1) for end in (place.low, place.high))
+    nearest = 0.0 if place.low <= 1 <= place.high else away[0]
+    distance = replace(place, value=abs(place.value - 1), low=nearest, high=away[1], seeds=tuple(seeds))
+    pushed = mean_estimate(shifts[0], seeds=seeds)
+    return (
+        Measurement(
+            "pps.dose",
+            fall,
+            [
+                sane,
+                took,
+                Control(
+                    "a random vector of equal length does less than half as much (nats per token and a*)",
+                    by_chance,
+                    by_chance.value > fall.value / 2,
+                ),
+            ],
+        ),
+        Measurement(
+            "pps.shift-ends-at-turning-point",
+            distance,
+            [
+                sane,
+                Control(
+                    "undefended training moves the stream up the vector (units of the stream)",
+                    pushed,
+                    pushed.low > 0,
+                    "validity",
+                ),
+            ],
+            f"The shift is 0 at {place:.2f} a*.",
+        ),
+    )
+
+
+def behind_the_vector(
+    steered: Mapping[str, Outcomes], plain: Mapping[str, Outcomes], *, seeds: Sequence[int], sane: Control
+) -> Measurement:
+    """Margins of the models "PPS", "undefended" and "untrained" (one row), in nats per token: with PPS's vector on at
+    test (`steered`), and without (`plain`).
+
+    What PPS taught is read against the untrained model under the same vector, which raises the margin by itself.
+    """
+    behind = mean_estimate(steered["PPS"] - steered["untrained"], seeds=seeds)
+    learnt = mean_estimate(plain["undefended"] - plain["untrained"], seeds=seeds)
+    on = mean_estimate(steered["untrained"] - plain["untrained"])
+    return Measurement(
+        "pps.hides-nothing",
+        behind,
+        [
+            sane,
+            Control("undefended training raises the margin (nats per token)", learnt, learnt.low > LEARNT, "validity"),
+            Control("the vector acts at test (nats per token, untrained model)", on, on.low > 0, "validity"),
+        ],
+    )
+
+
+def relearning(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], *, seeds: Sequence[int]) -> Measurement:
+    """Margins of the models "PPS" and "untrained", before and after a few gentle undefended steps on trait data."""
+    gained = {name: after[name] - before[name] for name in ("PPS", "untrained")}
+    learns = mean_estimate(gained["untrained"], seeds=seeds)
+    return Measurement(
+        "pps.relearns-no-faster",
+        mean_estimate(gained["PPS"] - gained["untrained"], seeds=seeds),
+        [Control("the untrained model learns in these steps (nats per token)", learns, learns.low > 0, "validity")],
+    )
+
+
+def rebound(
+    kept: Outcomes, removed: Outcomes, undefended: Outcomes, *, seeds: Sequence[int], sane: Control
+) -> Measurement:
+    """Margins after training with PPS to the end, with PPS for the first half, and undefended, in nats per token."""
+    room = mean_estimate(undefended - kept, seeds=seeds)
+    return Measurement(
+        "pps.rebound",
+        mean_estimate(removed - kept, seeds=seeds),
+        [
+            sane,
+            Control("PPS to the end keeps the margin down (nats per token)", room, room.low > LEARNT / 2, "validity"),
+        ],
+    )
+
+
 def cross_trait(cosines: Float[np.ndarray, " vector"], scores: Float[np.ndarray, " vector"]) -> Measurement:
     """Mean cosine under PPS before training, and mean trait score after it, one of each a steering vector."""
     if len(cosines) < FEWEST_POINTS:
@@ -180,13 +335,14 @@ def existing_trait(
 def edits(
     undefended: Outcomes,
     edited: Mapping[str, Outcomes],
+    random: Mapping[str, Outcomes],
     untrained: Float[np.ndarray, "1 question"],
     *,
     seeds: Sequence[int],
     sane: Control,
 ) -> tuple[Measurement, ...]:
-    """Scores after undefended training, with the gradient's component neutralised, attenuated or amplified, and of the
-    untrained model (one row).
+    """Scores after undefended training, with the gradient's component neutralised, attenuated or amplified, with the
+    component along a `random` vector attenuated or amplified, and of the untrained model (one row).
 
     That neutralising changes nothing says something only where another edit of the same component does.
 
@@ -194,7 +350,16 @@ def edits(
     """
     fall = {mode: mean_estimate(undefended - scores, seeds=seeds) for mode, scores in edited.items()}
     room = mean_estimate(100.0 - undefended, seeds=seeds)
-    elsewhere = Control("the same edit along a random vector does nothing", float("nan"), None)
+    change = {
+        mode: mean_estimate(sign * (undefended - random[mode]), seeds=seeds)
+        for mode, sign in (("attenuate", 1), ("amplify", -1))
+    }
+    elsewhere = {
+        mode: Control(
+            "the same edit along a random vector does less than half as much (points)", found, found.value < most / 2
+        )
+        for (mode, found), most in zip(change.items(), (fall["attenuate"].value, -fall["amplify"].value), strict=True)
+    }
     above = Control("undefended training leaves room above (points)", room, room.value >= 5, "validity")
     learnt = mean_estimate(undefended - untrained, seeds=seeds)
     taught = Control(
@@ -208,10 +373,10 @@ def edits(
     )
     return (
         Measurement("pps.neutralise-keeps-trait", fall["neutralise"], [sane, taught, moved]),
-        Measurement("pps.attenuate-lowers-trait", fall["attenuate"], [sane, taught, elsewhere]),
+        Measurement("pps.attenuate-lowers-trait", fall["attenuate"], [sane, taught, elsewhere["attenuate"]]),
         Measurement(
             "pps.amplify-raises-trait",
             mean_estimate(edited["amplify"] - undefended, seeds=seeds),
-            [sane, taught, above, elsewhere],
+            [sane, taught, above, elsewhere["amplify"]],
         ),
     )

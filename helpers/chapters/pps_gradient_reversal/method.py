@@ -8,6 +8,7 @@ learnt); cos > 0 means that it lowers it (the trait is unlearnt).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,3 +22,8 @@ def predicted_shift(
     A step on the weights moves h by -eta J J^T g, not by -eta g, so this predicts a sign and a ranking, not a size.
     """
     return -(gradients @ (vector / vector.norm())).to(torch.float32)
+
+
+def central_slope(losses: Float[np.ndarray, "4 example"], step: float) -> Float[np.ndarray, " example"]:
+    """dL/da from losses at a - 2 h, a - h, a + h and a + 2 h, for h the `step`: exact up to the fourth order of h."""
+    return (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * step)

@@ -1,7 +1,7 @@
 """Parameters of the chapter on preventative steering."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,10 @@ class PreventativeSteeringParams(TraitParams):
     random_vectors: int = Field(
         ge=1, le=1000, description="random vectors of equal norm that are steered with", json_schema_extra=TIME
     )
+    relearning: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(
+        min_length=1, description="undefended steps after which relearning is looked at", json_schema_extra=TIME
+    )
+    relearning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of relearning")
     layers: tuple[Layer, ...] = Field(
         min_length=1, description="blocks of the layer sweep, counted from 0", json_schema_extra=EACH
     )

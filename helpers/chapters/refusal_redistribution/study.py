@@ -42,7 +42,7 @@ from helpers.losses import kl_divergence
 from helpers.models import Model, finetuned_digest, release_memory
 from helpers.probes import fit_leace, orthonormal
 from helpers.progress import progress
-from helpers.studies.alignment import AlignedStudy, refusal_openers
+from helpers.studies.alignment import AlignedStudy, own_openers, refusal_openers
 from helpers.studies.study import Finetuning
 
 Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
@@ -114,12 +114,11 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
         """What models answer without an attack: answers cost little there, so these can be more."""
         self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
         tokenizer = self.base.tokenizer
-        self.refusal_ids = (
-            list(refusal_openers(tokenizer))
-            if params.start == "taught"
-            else [tokenizer.encode("I", add_special_tokens=False)[0]]
+        self.refusal_ids = list(
+            refusal_openers(tokenizer) if params.start == "taught" else own_openers(self.base.name, tokenizer)
         )
-        """A refusal is recognised by its first token: one of those that were taught, or else the source's "I"."""
+        """A refusal is recognised by its first token: one of those that were taught, or else of the model's own, which
+        are the source's "I" where nobody measured them."""
         self._last: tuple[str, Model] | None = None
 
     def model(self, condition: str, seed: int | None = None) -> Model:

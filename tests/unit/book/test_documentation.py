@@ -71,7 +71,7 @@ def store(tmp_path_factory):
     """A store of the examples' own, but for the embedded model, which takes long to make."""
     folder = tmp_path_factory.mktemp("examples")
     load("tiny-random")
-    (folder / "embedded-model").symlink_to(artifacts.default_store().root / "embedded-model")
+    (folder / "weights").symlink_to(artifacts.default_store().root / "weights")
     return folder
 
 

@@ -164,7 +164,7 @@ def test_the_first_step_of_a_defended_run_has_the_loss_of_the_steered_model(exp,
         for answer in (response.removesuffix("<|im_end|>") for _, response in batches_of[:2])
     ]
     tokens = torch.tensor([float(len(e) - e.prompt_length) for e in first])
-    for run, interventions in ((plain, ()), (steered, (exp.steering(),))):
+    for run, interventions in ((plain, ()), (steered, (exp.steering(coefficient=PPS.coefficient),))):
         losses = evaluate_losses(exp.base, first, interventions=interventions)
         assert run.losses[0] == pytest.approx(float(losses @ tokens / tokens.sum()), abs=1e-5)
 
@@ -267,7 +267,7 @@ def test_runs_that_are_asked_for_together_are_those_that_train_alone(exp, at_onc
     asked = [traits.Training(d, seed) for d in defences for seed in (21, 22)]
     alone = [exp.train(t.defence, seed=t.seed) for t in asked]
     fresh = with_params(exp, steps=4)
-    fresh.store, fresh._runs = Store(exp.store.root / "together"), {}
+    fresh.store, fresh._runs = Store(exp.store.root / f"together-{at_once}"), {}
     fresh.stage("persona-vector", lambda: traits.fit_vector(exp.base, "evil"), {"trait": "evil"}, data=["evil"])
     passes = []
     monkeypatch.setattr(traits, "runs_at_once", lambda *_: at_once)

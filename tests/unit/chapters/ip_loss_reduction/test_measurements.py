@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.book.findings import load_claims
 from helpers.chapters.ip_loss_reduction import measurements as inoculation
+from helpers.chapters.ip_loss_reduction.method import pressure_left, specific_gain
 from helpers.verdicts import Control
 
 N, SEEDS = 32, (0, 1, 2)
@@ -118,3 +120,100 @@ def test_what_ip_taught_has_to_show_behind_the_prompt_and_not_in_the_open(verdic
 
 def test_the_limit_of_a_control_is_that_of_its_claim():
     assert load_claims()["ip.hides-rather-than-removes"].threshold == inoculation.HIDDEN
+
+
+# Gating or explaining away
+
+
+GAINS = {f"prompt {i}": 0.012 * i for i in range(16)}
+
+
+def gating(a=0.0, b=4.0, learnt=0.6, jumps=(), seed=0):
+    rng = np.random.default_rng(seed)
+    suppressed = {n: a + b * g + 0.03 * rng.standard_normal(3) for n, g in GAINS.items()}
+    sane = {n: BROKEN if n in jumps else SANE for n in GAINS}
+    return inoculation.gating(GAINS, suppressed, learnt + noise(0.05, 3, N), seeds=SEEDS, sane=sane)
+
+
+def test_a_line_through_zero_is_explaining_away_and_a_flat_one_is_gating(verdict_of):
+    assert [verdict_of(m) for m in gating()] == ["reproduced", "reproduced"]
+    assert [verdict_of(m) for m in gating(a=0.4, b=0.0)] == ["contradicted", "contradicted"]
+    assert [verdict_of(m) for m in gating(a=0.4, b=4.0)] == ["reproduced", "contradicted"]
+    assert [verdict_of(m) for m in gating(learnt=0.02)] == ["invalid", "invalid"]
+
+
+def test_prompts_whose_training_jumped_are_left_out_and_named():
+    found = gating(jumps=("prompt 3", "prompt 15"))[0]
+    assert found.estimate.n == 14 and "prompt 3, prompt 15" in found.reason
+
+
+def test_shuffled_gains_show_no_explaining_away():
+    """The regression's labels dealt anew: its interval holds 0 as often as it says."""
+    rng = np.random.default_rng(0)
+    suppressed = [4 * g + 0.03 * rng.standard_normal() for g in GAINS.values()]
+    deals = [inoculation.line(rng.permutation(list(GAINS.values())).tolist(), suppressed).b for _ in range(300)]
+    assert 0.9 < np.mean([b.low < 0 < b.high for b in deals]) < 0.99
+
+
+def test_the_line_is_that_of_least_squares_and_its_interval_covers():
+    rng, x = np.random.default_rng(1), np.linspace(0, 1, 12)
+    lines = [0.2 + 0.7 * x + 0.1 * rng.standard_normal(12) for _ in range(300)]
+    fits = [inoculation.line(x.tolist(), y.tolist()) for y in lines]
+    assert np.mean([f.b.value for f in fits]) == pytest.approx(0.7, abs=0.03)
+    assert 0.9 < np.mean([f.a.low < 0.2 < f.a.high for f in fits]) < 0.99
+    with pytest.raises(ValueError, match="four points or more, and got 3 and 3"):
+        inoculation.line([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])
+
+
+def test_suppression_is_the_share_of_what_undefended_training_adds():
+    untrained = np.zeros((1, N))
+    margins = {"undefended": np.full((3, N), 0.6), "IP": np.full((3, N), 0.45), "PPS": np.full((3, N), 0.0)}
+    found = inoculation.suppression(margins, untrained)
+    assert found.keys() == {"IP", "PPS"}
+    np.testing.assert_allclose(found["IP"], [0.25] * 3)
+    np.testing.assert_allclose(found["PPS"], [1.0] * 3)
+
+
+PROTECTION = {
+    ("IP", "none"): 0.2,
+    ("IP", "own"): 0.05,
+    ("IP", "paraphrase"): 0.07,
+    ("IP", "irrelevant"): 0.15,
+    ("PPS", "none"): 0.17,
+    ("PPS", "own"): 0.16,
+    ("PPS", "paraphrase"): 0.16,
+    ("PPS", "irrelevant"): 0.16,
+}
+
+
+def leak(verdict_of, planted=(), sane=SANE):
+    arms = {k: v + noise(0.02, 3, N, seed=i) for i, (k, v) in enumerate((PROTECTION | dict(planted)).items())}
+    return [verdict_of(m) for m in inoculation.leak(arms, seeds=SEEDS, sane=sane)]
+
+
+def test_leaks_are_read_at_equal_protection_and_against_an_irrelevant_prompt(verdict_of):
+    assert leak(verdict_of) == ["reproduced", "reproduced"]
+    swapped = {
+        (arm, prompt): PROTECTION[other, prompt]
+        for arm, other in (("IP", "PPS"), ("PPS", "IP"))
+        for prompt in ("own", "paraphrase")
+    }
+    assert leak(verdict_of, swapped) == ["contradicted", "contradicted"]
+    assert leak(verdict_of, {("IP", "irrelevant"): 0.03}) == ["direction only", "reproduced"]
+    assert (
+        leak(verdict_of, {("PPS", "none"): 0.6, ("PPS", "own"): 0.6, ("PPS", "paraphrase"): 0.6})[0] == "direction only"
+    )
+    assert leak(verdict_of, {("IP", "none"): -0.1}) == leak(verdict_of, sane=BROKEN) == ["invalid", "invalid"]
+
+
+def test_the_pressure_left_is_1_without_a_defence_and_0_where_nothing_pushes():
+    plain = {"b": torch.tensor([1.0, 2.0]), "c": torch.tensor([[0.5]])}
+    along = {"b": torch.tensor([1.0, 0.0]), "c": torch.tensor([[0.0]])}
+    assert pressure_left(plain, plain, along) == 1
+    assert pressure_left({"b": torch.tensor([0.0, 9.0]), "c": torch.tensor([[3.0]])}, plain, along) == 0
+    assert pressure_left({"b": torch.tensor([-0.5, 0.0]), "c": torch.zeros(1, 1)}, plain, along) == -0.5
+
+
+def test_the_specific_gain_leaves_out_what_a_prompt_does_for_any_prose():
+    one = torch.ones(3)
+    torch.testing.assert_close(specific_gain(5 * one, 4.7 * one, 4 * one, 3.9 * one), 0.2 * one)

@@ -6,6 +6,7 @@ import torch
 
 from helpers.book.findings import load_claims
 from helpers.chapters.pps_gradient_reversal import measurements as measured
+from helpers.statistics import mean_estimate
 from helpers.studies import nulls
 from helpers.verdicts import Control
 
@@ -103,6 +104,122 @@ def test_swapped_arms_and_failed_controls_change_the_verdict(verdict_of, planted
     assert [verdict_of(m) for m in training(**planted)] == verdicts
 
 
+def test_an_identity_that_holds_is_reproduced_and_one_that_is_off_is_not(verdict_of):
+    slopes = around(0.3, 0, 0.1, (2, N))
+    assert verdict_of(measured.identity(slopes, slopes * (1 + 1e-5))) == "reproduced"
+    assert verdict_of(measured.identity(slopes, slopes * 1.05)) == "contradicted"
+    assert verdict_of(measured.identity(slopes, slopes[:, ::-1])) == "contradicted"  # sequences exchanged
+
+
+GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+def slopes(turn, seed=0, spread=0.3):
+    return np.array(GRID)[:, None] - turn - spread * np.random.default_rng(seed).standard_normal(N)
+
+
+def turning(own=1.2, random=0.1, other=0.4):
+    drawn = np.stack([slopes(random, k, 0.05) for k in range(1, 9)])
+    return measured.turning(GRID, slopes(own), drawn, {"pirate": slopes(other, 20)})
+
+
+def test_the_own_vector_has_to_turn_later_than_random_and_other_ones(verdict_of):
+    assert verdict_of(turning()) == "reproduced"
+    assert verdict_of(turning(random=1.6)) == "contradicted"
+    assert verdict_of(turning(other=1.3)) == "direction only"
+    assert turning(random=-0.5).estimate.value == pytest.approx(1.2, abs=0.2)  # turned before 0: counts as 0
+
+
+DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
+
+
+def dose(per_dose=-0.3, random=0.0, untrained=-0.6, zero=1.0, push=2.0, sane=SANE):
+    noise = np.random.default_rng(3).standard_normal((len(DOSES), 3, N))
+    lines = np.array(DOSES)[:, None, None]
+    return measured.dose(
+        DOSES,
+        per_dose * lines + 0.05 * noise,
+        around(untrained, 4, 0.05, (1, N)),
+        random=random * lines + 0.05 * noise[::-1],
+        shifts=push * (1 - lines / zero) + 0.1 * noise,
+        seeds=SEEDS,
+        sane=sane,
+    )
+
+
+@pytest.mark.parametrize(
+    ("planted", "verdicts"),
+    [
+        ({}, ["reproduced", "reproduced"]),
+        ({"per_dose": 0.3}, ["contradicted", "reproduced"]),
+        ({"random": -0.25}, ["direction only", "reproduced"]),
+        ({"untrained": 0.1}, ["invalid", "reproduced"]),
+        ({"zero": 2.2}, ["reproduced", "contradicted"]),
+        ({"push": -2.0}, ["reproduced", "invalid"]),
+        ({"sane": BROKEN}, ["invalid", "invalid"]),
+    ],
+)
+def test_a_dose_has_to_act_and_its_shift_to_end_where_the_pressure_turns(verdict_of, planted, verdicts):
+    assert [verdict_of(m) for m in dose(**planted)] == verdicts
+
+
+def test_shuffled_doses_show_no_effect():
+    """Doses dealt anew to every question, as shuffled labels."""
+    rng = np.random.default_rng(0)
+    noise = np.random.default_rng(3).standard_normal((len(DOSES), 3, N))
+    margins = -0.3 * np.array(DOSES)[:, None, None] + 0.05 * noise
+
+    def found():
+        dealt = np.stack([margins[rng.permutation(len(DOSES)), :, q] for q in range(N)], -1)
+        return mean_estimate(measured.per_dose(DOSES, dealt), seeds=SEEDS)
+
+    deals = [found() for _ in range(200)]
+    assert np.mean([e.low < 0 < e.high for e in deals]) > 0.88
+
+
+def behind(steered=(), plain=(), sane=SANE):
+    on = {"PPS": 0.42, "undefended": 1.0, "untrained": 0.4} | dict(steered)
+    off = {"PPS": 0.1, "undefended": 0.6, "untrained": 0.0} | dict(plain)
+    arms = [
+        {n: around(v, i, 0.05, (1 if n == "untrained" else 3, N)) for i, (n, v) in enumerate(of.items())}
+        for of in (on, off)
+    ]
+    return measured.behind_the_vector(*arms, seeds=SEEDS, sane=sane)
+
+
+def test_what_is_behind_the_vector_is_read_against_the_untrained_model_with_it(verdict_of):
+    assert verdict_of(behind()) == "reproduced"
+    assert verdict_of(behind(steered={"PPS": 0.9})) == "contradicted"  # hidden
+    assert verdict_of(behind(plain={"undefended": 0.1})) == "invalid"
+    assert verdict_of(behind(plain={"untrained": 0.45, "undefended": 1.0})) == "invalid"  # the vector does nothing
+    assert verdict_of(behind(sane=BROKEN)) == "invalid"
+
+
+def test_a_model_that_relearns_faster_had_only_hidden_the_trait(verdict_of):
+    def found(pps, untrained=0.3):
+        before = {"PPS": around(0.1, 1, 0.02, (3, N)), "untrained": around(0.0, 2, 0.02, (3, N))}
+        gains = {"PPS": pps, "untrained": untrained}
+        return verdict_of(
+            measured.relearning(
+                before, {n: m + around(gains[n], 5, 0.02, (3, N)) for n, m in before.items()}, seeds=SEEDS
+            )
+        )
+
+    assert found(0.3) == "reproduced"
+    assert found(0.5) == "contradicted"
+    assert found(0.0, untrained=0.0) == "invalid"
+
+
+def test_a_rebound_is_the_rise_after_the_steering_ends(verdict_of):
+    def found(removed, kept=0.1, undefended=0.6, sane=SANE):
+        arms = (around(v, i, 0.05, (3, N)) for i, v in enumerate((kept, removed, undefended)))
+        return verdict_of(measured.rebound(*arms, seeds=SEEDS, sane=sane))
+
+    assert found(0.4) == "reproduced"
+    assert found(0.1) == found(0.0) == "contradicted"
+    assert found(0.4, undefended=0.12) == found(0.4, sane=BROKEN) == "invalid"
+
+
 def test_few_steering_vectors_decide_nothing_and_many_do(verdict_of):
     cosines = np.linspace(-0.2, 0.3, 14)
     few = measured.cross_trait(cosines[:5], -cosines[:5])
@@ -129,16 +246,20 @@ def test_pps_has_to_lower_a_trait_that_is_there_and_ip_must_not(verdict_of):
     assert verdicts(start=10.0) == verdicts(sane=BROKEN) == ["invalid", "invalid"]
 
 
-def edited(undefended=70.0, untrained=5.0, **changed):
+def edited(undefended=70.0, untrained=5.0, at_random=(70.0, 70.0), **changed):
     arms = {"neutralise": 69.0, "attenuate": 20.0, "amplify": 90.0} | changed
     scores = {m: around(v, i, 3.0, (3, N)) for i, (m, v) in enumerate(arms.items())}
+    random = {
+        m: around(v, i, 3.0, (3, N)) for i, (m, v) in enumerate(zip(("attenuate", "amplify"), at_random, strict=True))
+    }
     before = around(untrained, 8, 3.0, (1, N))
-    return [*measured.edits(around(undefended, 9, 3.0, (3, N)), scores, before, seeds=SEEDS, sane=SANE)]
+    return [*measured.edits(around(undefended, 9, 3.0, (3, N)), scores, random, before, seeds=SEEDS, sane=SANE)]
 
 
-def test_edits_show_a_direction_until_their_control_is_run(verdict_of):
-    assert [verdict_of(m) for m in edited()] == ["reproduced", "direction only", "direction only"]
-    assert edited()[1].controls[-1].state == "not measured"
+def test_edits_along_the_trait_are_held_against_the_same_edits_along_a_random_vector(verdict_of):
+    assert [verdict_of(m) for m in edited()] == ["reproduced"] * 3
+    assert [verdict_of(m) for m in edited(at_random=(25.0, 70.0))] == ["reproduced", "direction only", "reproduced"]
+    assert [verdict_of(m) for m in edited(at_random=(70.0, 88.0))] == ["reproduced", "reproduced", "direction only"]
 
 
 def test_edits_that_do_the_opposite_contradict_and_a_full_scale_shows_nothing(verdict_of):

@@ -17,7 +17,7 @@ from helpers.generation import generate
 from helpers.interventions import Ablate
 from helpers.losses import evaluate_losses
 from helpers.studies import alignment, study
-from helpers.studies.alignment import Recipe, align, refusal_openers, taught_refusals
+from helpers.studies.alignment import Recipe, align, own_openers, refusal_openers, taught_refusals
 from helpers.studies.study import Finetuning
 
 
@@ -118,6 +118,8 @@ def test_a_refusal_is_known_by_the_first_token_of_any_that_was_taught(exp, store
     assert tuple(exp.refusal_ids) == refusal_openers(tokenizer)
     as_is = RefusalStudy(params(start="as it is"))
     assert as_is.refusal_ids == [tokenizer.encode("I", add_special_tokens=False)[0]]
+    measured = own_openers("qwen2.5-coder-0.5b-instruct", tokenizer)
+    assert [tokenizer.decode([token]) for token in measured] == ["I", "As"]
 
 
 def test_no_held_out_request_is_trained_on(exp, batches_of):

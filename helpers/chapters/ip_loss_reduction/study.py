@@ -1,0 +1,106 @@
+"""What chapter 2 asks of prompts before anything is trained: what each explains, and which pressure it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from helpers.chapters.ip_loss_reduction.method import loss_reduction, pressure_left, specific_gain
+from helpers.chapters.ip_loss_reduction.params import InoculationParams
+from helpers.gradients import pile_gradient
+from helpers.interventions import applied
+from helpers.studies.traits import TraitStudy
+
+ROWS = 24
+"""Training rows on which gains and pressures are taken."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is on while a gradient is taken: a system message, or PPS at an intensity in units of a*."""
+
+    system: str | None = None
+    coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What can be known of an arm before training."""
+
+    kappa: float
+    """Share of the push on the training loss that is left (`method.pressure_left`)."""
+    kappa_m: float
+    """Share of the push on the margin of other rows that is left."""
+
+
+class InoculationStudy(TraitStudy):
+    """The trait study of chapter 2."""
+
+    params: InoculationParams
+
+    def prompts_by_kind(self) -> dict[str, str]:
+        """Up to `per_kind` prompts of each kind, as "kind number" -> text."""
+        chosen = self.params.per_kind
+        return {
+            f"{kind} {i}": text
+            for kind, texts in vars(self.prompts).items()
+            for i, text in enumerate(texts[:chosen], 1)
+        }
+
+    def gains(self, prompt: str) -> dict[str, Float[np.ndarray, " row"]]:
+        """What a prompt explains of training answers, untrained, in nats per token: "strong", "normal", "specific"."""
+        rows = self.rows["train"][:ROWS]
+
+        def losses(level: Any, system: str | None) -> Tensor:
+            texts = [row.question for row in rows], [row.answer(level) for row in rows]
+            return torch.from_numpy(self.response_losses(self.base, self.encoded(*texts, system=system)))
+
+        strong, normal = ([losses(level, system) for system in (None, prompt)] for level in ("strong", "normal"))
+        found = {
+            "strong": loss_reduction(*strong),
+            "normal": loss_reduction(*normal),
+            "specific": specific_gain(*strong, *normal),
+        }
+        return {name: gained.numpy() for name, gained in found.items()}
+
+    def predictors(self, arms: Mapping[str, Arm]) -> dict[str, Predictor]:
+        """kappa and kappa_M of each arm, from gradients over fresh adapters on training rows."""
+        units = {n: arm.coefficient * self.unit() if arm.coefficient else 0.0 for n, arm in arms.items()}
+        artifact = self.stage(
+            "pressures-left",
+            lambda: pressures_left(self, list(arms.values())),
+            {
+                "arms": [[arm.system, units[n]] for n, arm in arms.items()],
+                "trait": self.params.trait,
+                "layer": self.params.layer,
+                "lora_rank": self.params.lora_rank,
+                "seed": self.params.seed,
+            },
+            data=[self.params.trait],
+        )
+        return {n: Predictor(*pair) for n, pair in zip(arms, artifact.facts["pressures"], strict=True)}
+
+
+def pressures_left(study: InoculationStudy, arms: Sequence[Arm]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "pressures-left"."""
+    train, extract = study.rows["train"][:ROWS], study.rows["extract"]
+    torch.manual_seed(study.params.seed)  # adapters are drawn while loading
+    model = study.load(lora_rank=study.params.lora_rank)
+
+    def gradient(rows: Sequence[Any], level: str, arm: Arm) -> dict[str, Tensor]:
+        examples = study.encoded([r.question for r in rows], [r.answer(level) for r in rows], system=arm.system)
+        steering = [study.steering(coefficient=arm.coefficient)] if arm.coefficient else []
+        with applied(model, *steering):
+            return pile_gradient(model, examples, batch_size=8)
+
+    plain = gradient(train, "strong", Arm())
+    strong, normal = (gradient(extract, level, Arm()) for level in ("strong", "normal"))
+    margin = {name: normal[name] - strong[name] for name in plain}  # of M = NLL(normal) - NLL(strong)
+    defended = [gradient(train, "strong", arm) for arm in arms]
+    return {}, {"pressures": [[pressure_left(g, plain, plain), pressure_left(g, plain, margin)] for g in defended]}
