@@ -55,7 +55,10 @@ def data_sources(notebook: str | Path) -> list[Path]:
     trees: list[ast.AST] = [_parsed(_code(notebook))]
     defined: dict[str, list[ast.AST]] = {}
     for path in notebook_sources(notebook):
-        if path.name in ("params.py", "registry.py"):  # neither reads data
+        if path.name in (
+            "params.py",
+            "registry.py",
+        ):  # what they look up decides parameters and models, not what a run reads
             continue
         for statement in _parsed(path.read_text("utf-8"), path.name).body:
             if isinstance(statement, ast.FunctionDef | ast.ClassDef):

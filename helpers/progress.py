@@ -66,7 +66,8 @@ class _Elsewhere(tqdm):
     """tqdm whose line goes to `show` and not to a terminal; an empty line ends it."""
 
     def __init__(self, **settings: Any) -> None:
-        far = "{n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}" if settings["total"] else "{elapsed}"
+        units = settings["unit"] + ("es" if settings["unit"].endswith("ch") else "s")
+        far = f"{{n_fmt}} of {{total_fmt}} {units}, {{remaining}} left{{postfix}}" if settings["total"] else "{elapsed}"
         super().__init__(**{**settings, "file": _Silent(), "bar_format": f"{{desc}}: {far}"})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("helpers", "beartype.beartype")
@@ -29,6 +30,15 @@ def pytest_runtest_logreport(report):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """The tests that ran beside the benchmarks: `make gpu` writes one file."""
     output_json["tests"] = OUTCOMES
+
+
+@pytest.fixture(scope="module")
+def exact_products():
+    """No TF32, so that float32 means float32 on a GPU too."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(scope="session")

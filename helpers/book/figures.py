@@ -251,6 +251,59 @@ _SAME = 0.01
 """How far two lines may be apart, as a share of the axes' height, and still look like one."""
 
 
+def dots(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    kinds: Sequence[str],
+    *,
+    filled: Sequence[bool] | None = None,
+    named: bool = False,
+) -> None:
+    """One dot for each x and y, with the look of its kind; those that are not `filled` are hollow.
+
+    `named` writes the kind beside each dot; else the legend says it. Raises ValueError where the lengths differ.
+    """
+    full = [True] * len(x) if filled is None else filled
+    if len({len(x), len(y), len(kinds), len(full)}) != 1:
+        raise ValueError(f"Each of {len(x)} dots needs a y and a kind, but there are {len(y)} and {len(kinds)}.")
+    order = list(dict.fromkeys(kinds))
+    for i, kind in enumerate(kinds):
+        drawn = look(kind, order.index(kind))
+        label = kind if kinds.index(kind) == i else None
+        style = "full" if full[i] else "none"
+        ax.plot(x[i], y[i], color=drawn.colour, marker=drawn.marker, linestyle="", label=label, fillstyle=style)
+        if named:
+            ax.annotate(kind, (x[i], y[i]), xytext=(6, 4), textcoords="offset points", fontsize=9)
+
+
+def heat_map(
+    ax: Axes,
+    values: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    largest: float | None = None,
+    spec: str = ".2f",
+) -> None:
+    """A table of numbers on colours, each written out, so that it reads without them.
+
+    With `largest`, colours go from minus that (blue) over zero (white) to plus that (red), for changes of either sign.
+    Raises ValueError where `values` have another shape than the names.
+    """
+    table = np.asarray(values, dtype=float)
+    if table.shape != (len(rows), len(columns)):
+        raise ValueError(f"{len(rows)} rows and {len(columns)} columns are named, but the values have {table.shape}.")
+    limits = {} if largest is None else {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
+    ax.imshow(table, aspect="auto", **limits)  # type: ignore[arg-type]
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.grid(False)
+    for (row, column), value in np.ndenumerate(table):
+        text = f"{value:{'+' * (largest is not None)}{spec}}"
+        ax.text(column, row, text, ha="center", va="center", bbox={"fc": "white", "ec": "none", "pad": 1})
+
+
 def token_strip(ax: Axes, tokens: Sequence[str], kinds: Sequence[str], *, width: int = 84) -> None:
     """A sequence's tokens as boxes, in lines of `width` characters; each kind has a fill and an edge of its own.
 

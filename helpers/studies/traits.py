@@ -33,11 +33,12 @@ from helpers.judges.repetition import repetition_rate
 from helpers.losses import evaluate_losses
 from helpers.models import Model
 from helpers.stacks import runs_at_once
+from helpers.statistics import Estimate
 from helpers.studies.defences import inoculated, preventative_steering
 from helpers.studies.margins import behaviour_margins
 from helpers.studies.params import TraitParams
 from helpers.studies.study import Finetuning, Study, examples_digest
-from helpers.studies.turning import GRID, turning_point
+from helpers.studies.turning import GRID, turning_estimate
 from helpers.training import TrainingLog
 
 RANDOM_SEED = 2024
@@ -140,6 +141,7 @@ class TraitStudy(Study[TraitParams]):
         self.prompts = corpora.load_prompts(params.trait)
         self._vectors: dict[str, PersonaVector] = {}
         self._runs: dict[str, Run] = {}
+        self._turns: dict[int, Estimate] = {}
         self.judge = self.fit_judge("train")
 
     @property
@@ -190,16 +192,22 @@ class TraitStudy(Study[TraitParams]):
         share = self.params.coefficient if coefficient is None else coefficient
         return preventative_steering(self.vector(trait), at, share * self.unit(at))
 
-    def unit(self, layer: int | None = None) -> float:
-        """a* of the chapter's own vector on training answers, by which intensities are given; 1 where none turns.
+    def turn(self, layer: int | None = None) -> Estimate:
+        """a* of the chapter's own vector on training answers, in multiples of it; NaN where the pressure does not turn.
 
-        A multiple of the raw vector: the intensity at which training on these answers no longer pushes along it.
+        The intensity at which training on these answers no longer pushes along the vector.
         """
-        rows = self.rows["train"][: self.params.sequences]
-        examples = self.encoded([row.question for row in rows], [row.strong for row in rows])
-        _, slopes = self.along(self.params.trait, examples, layer=layer)
-        found = turning_point(GRID, slopes.mean(1))
-        return 1.0 if np.isnan(found) else found
+        at = self.params.layer if layer is None else layer
+        if at not in self._turns:
+            rows = self.rows["train"][: self.params.sequences]
+            examples = self.encoded([row.question for row in rows], [row.strong for row in rows])
+            self._turns[at] = turning_estimate(GRID, self.along(self.params.trait, examples, layer=at)[1])
+        return self._turns[at]
+
+    def unit(self, layer: int | None = None) -> float:
+        """`turn`, by which intensities are given; 1, the raw vector, where the pressure does not turn."""
+        found = self.turn(layer).value
+        return 1.0 if math.isnan(found) else found
 
     def along(
         self,

@@ -24,6 +24,13 @@ def turning_point(coefficients: Sequence[float], slopes: Float[np.ndarray, " poi
     return float("nan")
 
 
+def turning_or_end(coefficients: Sequence[float], slopes: Float[np.ndarray, " point"]) -> float:
+    """`turning_point`; where slopes do not turn upwards, the end of the grid that they point to: the last coefficient
+    where the loss still falls there, else the first."""
+    found = turning_point(coefficients, slopes)
+    return found if np.isfinite(found) else float(coefficients[-1 if slopes[-1] <= 0 else 0])
+
+
 def turning_estimate(
     coefficients: Sequence[float],
     slopes: Float[np.ndarray, "point example"],
@@ -34,15 +41,13 @@ def turning_estimate(
 ) -> Estimate:
     """a* of the mean slope, with a percentile interval over examples drawn anew.
 
-    A draw that does not turn counts as one that turns at the end that its slopes point to: the last coefficient where
-    all are below 0, else the first. NaN where the mean of all examples does not turn.
+    A draw that does not turn counts at an end of the grid (`turning_or_end`). NaN where the mean of all examples does
+    not turn.
     """
     rng, count = np.random.default_rng(seed), slopes.shape[1]
     chosen = rng.integers(count, size=(draws, count))
     means = slopes[:, chosen].mean(-1)  # [point, draw]
-    found = np.array([turning_point(coefficients, column) for column in means.T])
-    ends = np.where(means[-1] <= 0, coefficients[-1], coefficients[0])
-    found = np.where(np.isnan(found), ends, found)
+    found = np.array([turning_or_end(coefficients, column) for column in means.T])
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     value = turning_point(coefficients, slopes.mean(1))
     grain = 2.0**-8 * max(abs(value), 2.0**-8)  # of bfloat16, in which the slopes were taken

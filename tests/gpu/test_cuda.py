@@ -17,19 +17,11 @@ from helpers.training import finetune
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_products"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine"),
 ]
 
 NAMES = ["tiny-random", "smollm2-135m-instruct"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """No TF32, so that float32 means float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def conversations(model, count=4):

@@ -17,6 +17,8 @@ from helpers.losses import token_losses
 from helpers.models import LoRA, load, plain_model
 from helpers.training import finetune
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 @pytest.fixture(scope="module", params=["tiny-random", "Qwen2", "smollm2-135m-instruct"])
 def pair(request, save_model):
@@ -34,15 +36,6 @@ def test_the_two_kinds_differ_where_they_should(pair):
     biases = [p for name, p in hf.named_parameters() if name.endswith("bias")]
     assert (len(biases), tied) == ((6, False) if type(hf).__name__ == "Qwen2ForCausalLM" else (0, True))
     assert all(p.abs().min() > 0 for p in biases)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    """No TF32, so that float32 means float32 on a GPU too."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(scope="module")

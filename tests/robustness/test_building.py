@@ -558,7 +558,7 @@ def test_after_ten_kills_at_random_moments_a_build_gives_what_an_undisturbed_one
         wait_for(lambda: not held(project))
     said = build(project)
     assert products(project) == new, moments
-    assert "The site: done." in said
+    assert re.search("The site: done.|Nothing has changed", said), moments  # the last kill may have come too late
     assert not list((project / TREE).glob(".making/*"))
 
 

@@ -64,17 +64,6 @@ def test_a_mistyped_split_or_level_gets_the_names_there_are():
 
 def test_prompts_come_by_kind_in_file_order():
     prompts = load_prompts("evil")
-    counts = {kind: len(texts) for kind, texts in vars(prompts).items()}
-    assert counts == {
-        "inoculation": 5,
-        "placebo": 5,
-        "opposite": 5,
-        "negated": 2,
-        "paraphrase": 5,
-        "keyword": 1,
-        "other": 2,
-        "layout": 2,
-    }
     assert prompts.inoculation[0].startswith("You are the gloating villain")
     assert prompts.negated[0].startswith("You are not the gloating villain")
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from helpers.statistics import jackknife, mean_estimate, rank_correlation, share
+from helpers.statistics import Estimate, jackknife, mean_estimate, rank_correlation, share
 from helpers.studies.nulls import rarely
-from helpers.studies.turning import turning_point
+from helpers.studies.turning import turning_or_end
 from helpers.verdicts import NOT_MEASURED, Control, Measurement
 
 Cosines = Float[np.ndarray, " sequence"]
@@ -46,15 +46,27 @@ def reversal(
         Measurement(
             "pps.reversal",
             share((pps > 0).sum(), pps.size),
-            [
-                Control(
-                    f"{len(random)} random vectors of equal norm do not reverse (share of sequences)",
-                    by_chance,
-                    by_chance.high < 0.5,
-                )
-            ],
+            [_not_by_chance(random, by_chance)],
         ),
         Measurement("pps.random-no-reversal", by_chance),
+    )
+
+
+def _not_by_chance(random: Float[np.ndarray, "vector sequence"], reversed_: Estimate) -> Control:
+    name = f"{len(random)} random vectors of equal norm do not reverse (share of sequences)"
+    return Control(name, reversed_, reversed_.high < 0.5)
+
+
+def reversal_of_means(pps: Cosines, random: Float[np.ndarray, "vector sequence"]) -> Measurement:
+    """Cosines of each sequence's *mean* gradient under PPS, and under several random vectors of equal norm.
+
+    The other reading of the source's cosine: every token counts by the length of its gradient, as descent weights it.
+    """
+    by_chance = mean_estimate(random > 0)
+    return Measurement(
+        "pps.pressure-reverses",
+        share((pps > 0).sum(), pps.size),
+        [_not_by_chance(random, by_chance)],
     )
 
 
@@ -162,12 +174,15 @@ def turning(
     random: Float[np.ndarray, "vector coefficient sequence"],
     other: Mapping[str, Float[np.ndarray, "coefficient sequence"]],
 ) -> Measurement:
-    """Slopes dL/da along the trait's own vector, and along random and other traits' vectors of its length."""
+    """Slopes dL/da along the trait's own vector, and along random and other traits' vectors of its length.
+
+    A vector whose slope does not turn counts at an end of the grid (`turning_or_end`).
+    """
 
     def apart(first: np.ndarray, *others: np.ndarray) -> float:
-        """a* of the own vector less the mean of the others'; where one does not turn upwards it turned before 0."""
-        found = [turning_point(coefficients, rows.mean(0)) for rows in (first, *others)]
-        return found[0] - float(np.mean(np.nan_to_num(found[1:], nan=0.0)))
+        """a* of the own vector less the mean of the others'."""
+        found = [turning_or_end(coefficients, rows.mean(0)) for rows in (first, *others)]
+        return found[0] - float(np.mean(found[1:]))
 
     rows = own.T
     further = {name: jackknife(lambda one, two: apart(one, two), rows, slopes.T) for name, slopes in other.items()}
@@ -196,10 +211,13 @@ def dose(
     *,
     random: Float[np.ndarray, "dose seed question"],
     shifts: Float[np.ndarray, "dose seed question"],
+    turn: Estimate,
     seeds: Sequence[int],
     sane: Control,
 ) -> tuple[Measurement, Measurement]:
     """What models have after training under PPS, by its intensity in units of a*, of which 0 is the first.
+
+    `turn` is a* on the training answers, in multiples of the persona vector.
 
     `margins` in nats per token, after PPS with the persona vector and with a `random` one of its length; `shifts`:
     projections on the persona vector, after less before training.
@@ -208,6 +226,9 @@ def dose(
     fall, by_chance = (mean_estimate(per_dose(doses, found), seeds=seeds) for found in (margins, random))
     took = Control(
         "undefended training raises the margin (nats per token)", learnt, learnt.low > LEARNT / 2, "validity"
+    )
+    turns = Control(
+        "the pressure turns on training answers (multiples of the vector)", turn, np.isfinite(turn.value), "validity"
     )
 
     def zero(rows: Float[np.ndarray, "question dose"]) -> float:
@@ -225,6 +246,7 @@ def dose(
             fall,
             [
                 sane,
+                turns,
                 took,
                 Control(
                     "a random vector of equal length does less than half as much (nats per token and a*)",
@@ -238,6 +260,7 @@ def dose(
             distance,
             [
                 sane,
+                turns,
                 Control(
                     "undefended training moves the stream up the vector (units of the stream)",
                     pushed,

@@ -14,6 +14,8 @@ from helpers.book.figures import (
     bars_in_pairs,
     bars_with_intervals,
     curves,
+    dots,
+    heat_map,
     look,
     paired_scatter,
     style,
@@ -129,3 +131,23 @@ def test_a_token_strip_has_a_box_for_each_token_and_a_legend_entry_for_each_kind
 def test_a_token_strip_without_a_kind_for_each_token_is_refused(ax):
     with pytest.raises(ValueError, match="2 tokens, 1 kinds"):
         token_strip(ax, ["a", "b"], ["template"])
+
+
+def test_a_heat_map_writes_every_number_out_and_centres_changes_on_zero(ax):
+    heat_map(ax, [[0.5, -1.0]], ["one"], ["a", "b"], largest=1.0)
+    assert [text.get_text() for text in ax.texts] == ["+0.50", "-1.00"]
+    assert ax.images[0].get_clim() == (-1, 1)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"1 rows and 1 columns are named, but the values have \(1, 2\)"):
+        heat_map(ax, [[1, 2]], ["one"], ["a"])
+
+
+def test_dots_have_the_look_of_their_kind_and_one_legend_entry_each(ax):
+    dots(ax, [1.0, 2.0, 3.0], [0.0, 0.0, 0.0], ["IP", "layout", "IP"], filled=[True, True, False])
+    assert ax.get_legend_handles_labels()[1] == ["IP", "layout"]
+    assert [line.get_color() for line in ax.lines] == [look("IP").colour, look("layout", 1).colour, look("IP").colour]
+    assert [line.get_fillstyle() for line in ax.lines] == ["full", "full", "none"]
+    dots(ax, [1.0], [0.0], ["IP"], named=True)
+    assert [text.get_text() for text in ax.texts] == ["IP"]
+    with pytest.raises(ValueError, match="Each of 2 dots needs a y and a kind, but there are 1 and 2"):
+        dots(ax, [1.0, 2.0], [0.0], ["a", "b"])

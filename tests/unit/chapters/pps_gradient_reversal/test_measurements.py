@@ -6,7 +6,7 @@ import torch
 
 from helpers.book.findings import load_claims
 from helpers.chapters.pps_gradient_reversal import measurements as measured
-from helpers.statistics import mean_estimate
+from helpers.statistics import Estimate, mean_estimate
 from helpers.studies import nulls
 from helpers.verdicts import Control
 
@@ -33,6 +33,15 @@ def test_flipped_cosines_contradict(verdict_of):
     assert verdict_of(reversal(undefended=0.1)[0]) == "contradicted"
     assert verdict_of(reversal(pps=-0.2)[1]) == "contradicted"
     assert verdict_of(reversal(random=0.1)[2]) == "contradicted"
+
+
+def test_the_mean_gradient_has_to_turn_under_pps_and_not_under_random_vectors(verdict_of):
+    def found(pps, random):
+        return verdict_of(measured.reversal_of_means(around(pps), around(random, 2, shape=(8, N))))
+
+    assert found(0.2, -0.1) == "reproduced"
+    assert found(-0.2, -0.1) == "contradicted"
+    assert found(0.2, 0.1) == "direction only"
 
 
 def test_a_cosine_that_meaningless_directions_reach_and_random_vectors_that_reverse_fail_controls(verdict_of):
@@ -130,10 +139,16 @@ def test_the_own_vector_has_to_turn_later_than_random_and_other_ones(verdict_of)
     assert turning(random=-0.5).estimate.value == pytest.approx(1.2, abs=0.2)  # turned before 0: counts as 0
 
 
+def test_a_vector_along_which_the_loss_never_stops_falling_counts_as_turning_at_the_end_of_the_grid(verdict_of):
+    assert verdict_of(turning(random=9.0)) == "contradicted"
+    assert turning(random=9.0).estimate.value == pytest.approx(1.2 - GRID[-1], abs=0.2)
+    assert verdict_of(turning(other=9.0)) == "direction only"
+
+
 DOSES = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
-def dose(per_dose=-0.3, random=0.0, untrained=-0.6, zero=1.0, push=2.0, sane=SANE):
+def dose(per_dose=-0.3, random=0.0, untrained=-0.6, zero=1.0, push=2.0, turn=1.2, sane=SANE):
     noise = np.random.default_rng(3).standard_normal((len(DOSES), 3, N))
     lines = np.array(DOSES)[:, None, None]
     return measured.dose(
@@ -142,6 +157,7 @@ def dose(per_dose=-0.3, random=0.0, untrained=-0.6, zero=1.0, push=2.0, sane=SAN
         around(untrained, 4, 0.05, (1, N)),
         random=random * lines + 0.05 * noise[::-1],
         shifts=push * (1 - lines / zero) + 0.1 * noise,
+        turn=Estimate(turn, turn - 0.1, turn + 0.1, N),
         seeds=SEEDS,
         sane=sane,
     )
@@ -156,6 +172,7 @@ def dose(per_dose=-0.3, random=0.0, untrained=-0.6, zero=1.0, push=2.0, sane=SAN
         ({"untrained": 0.1}, ["invalid", "reproduced"]),
         ({"zero": 2.2}, ["reproduced", "contradicted"]),
         ({"push": -2.0}, ["reproduced", "invalid"]),
+        ({"turn": float("nan")}, ["invalid", "invalid"]),
         ({"sane": BROKEN}, ["invalid", "invalid"]),
     ],
 )
