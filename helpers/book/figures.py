@@ -7,7 +7,7 @@ same.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +17,9 @@ from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike
 
 from helpers.statistics import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ def style() -> None:
             ),
         }
     )
+
+
+def estimates(table: "pd.DataFrame") -> list[Estimate]:
+    """The estimates of a saved table, from its columns `value`, `low`, `high` and `n`."""
+    columns = (table[name] for name in ("value", "low", "high", "n"))
+    return [Estimate(float(v), float(low), float(high), int(n)) for v, low, high, n in zip(*columns, strict=True)]
 
 
 def paired_scatter(

@@ -411,6 +411,23 @@ class Findings:
 
         return Markdown(f"{text}\n\n{OLDER}" if is_older(run) else text)
 
+    def beside(self, *names: str, folder: Path = REFERENCES) -> "dict[str, list[pd.DataFrame]]":
+        """Tables that this run has saved, under "this run", and where a reference run is kept the same tables of it.
+
+        The chapter's headline figure is drawn from these, one row a run. Raises FindingError if this run has not saved
+        a table yet.
+        """
+        import pandas as pd
+
+        missing = [name for name in names if not (self.folder / f"{name}.csv").is_file()]
+        if missing:
+            raise FindingError(f"The table {missing[0]!r} is not saved yet; call `table` before `beside`.")
+        runs = {"this run": self.folder}
+        kept = folder / self.params.chapter
+        if all((kept / f"{name}.csv").is_file() for name in names):
+            runs["reference run"] = kept
+        return {run: [pd.read_csv(place / f"{name}.csv") for name in names] for run, place in runs.items()}
+
     def table(self, name: str, rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> Path:
         """Save the numbers of a figure as `{name}.csv`, and return its path.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from helpers.book.figures import estimates
 from helpers.book.findings import SIGNS, FindingError, Findings, badge, load_claims, outcome, provenance
 from helpers.book.reference import OLDER, code
 from helpers.statistics import Estimate
@@ -287,3 +288,19 @@ def test_a_reference_run_stands_beside_this_run_and_does_not_enter_it(tmp_path):
     assert "Reference run (full, m, cuda, 2 seeds)" in box
     assert "0.125 [0.1, 0.15] direction only" in box
     assert not findings.found
+
+
+def test_the_headline_figures_tables_come_from_this_run_and_beside_it_from_the_reference(tmp_path):
+    findings, kept = run(tmp_path / "here"), tmp_path / "kept"
+    with pytest.raises(FindingError, match="'doses' is not saved yet; call `table` before `beside`"):
+        findings.beside("doses", folder=kept)
+    findings.table("doses", [{"value": 0.5, "low": 0.25, "high": 0.75, "n": 32}])
+    assert list(findings.beside("doses", folder=kept)) == ["this run"]
+    there = Findings(RunParams(preset="full", results=str(kept / "01_a"), chapter="01_a"), findings.provenance)
+    there.table("doses", [{"value": 1.0, "low": 0.5, "high": 1.5, "n": 160}])
+    runs = findings.beside("doses", folder=kept)
+    assert {name: estimates(table)[0].value for name, (table,) in runs.items()} == {
+        "this run": 0.5,
+        "reference run": 1.0,
+    }
+    assert estimates(runs["reference run"][0]) == [Estimate(1.0, 0.5, 1.5, 160)]
