@@ -296,7 +296,7 @@ def test_the_headline_figures_tables_come_from_this_run_and_beside_it_from_the_r
         findings.beside("doses", folder=kept)
     findings.table("doses", [{"value": 0.5, "low": 0.25, "high": 0.75, "n": 32}])
     assert list(findings.beside("doses", folder=kept)) == ["this run"]
-    there = Findings(RunParams(preset="full", results=str(kept / "01_a"), chapter="01_a"), findings.provenance)
+    there = run(kept / "01_a", preset="full")
     there.table("doses", [{"value": 1.0, "low": 0.5, "high": 1.5, "n": 160}])
     runs = findings.beside("doses", folder=kept)
     assert {name: estimates(table)[0].value for name, (table,) in runs.items()} == {
