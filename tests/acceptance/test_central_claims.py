@@ -3,8 +3,6 @@
 Sixteen held-out answers rather than the chapter's thirty-two; the two finetuning runs are as in the chapter.
 """
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -21,11 +19,9 @@ def chapter():
 
 
 @pytest.fixture(scope="module")
-def sixteen(chapter):
+def sixteen():
     """The same chapter on its first sixteen held-out answers."""
-    fewer = copy.copy(chapter)
-    fewer.params = PreventativeSteeringParams(preset="quick", sequences=16)
-    return fewer
+    return TraitStudy(PreventativeSteeringParams(preset="quick", sequences=16))
 
 
 @pytest.fixture(scope="module")
