@@ -122,7 +122,8 @@ def paired_scatter(
     face = {} if drawn.marker == "x" else {"edgecolors": "white", "linewidths": 0.5}
     ax.scatter(xs, ys, color=drawn.colour, marker=drawn.marker, alpha=0.85, label=label, zorder=3, **face)  # type: ignore[arg-type]
     if not any(line.get_gid() == "diagonal" for line in ax.lines):
-        ax.axline((0, 0), slope=1, color="0.35", linestyle="--", linewidth=1, marker="", gid="diagonal")
+        on = float(np.nanmean(xs))  # a point among the dots, since axes widen to hold it
+        ax.axline((on, on), slope=1, color="0.35", linestyle="--", linewidth=1, marker="", gid="diagonal")
         if zero:
             ax.axhline(0, color="0.35", linewidth=0.8, linestyle="-", marker="")
             ax.axvline(0, color="0.35", linewidth=0.8, linestyle="-", marker="")
