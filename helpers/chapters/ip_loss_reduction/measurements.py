@@ -18,6 +18,8 @@ Scores = Float[np.ndarray, "seed question"]
 
 ROOM = 0.1
 """Where a placebo lowers the loss of more than nine answers in ten, any prompt does: shares tell nothing."""
+GATED = 0.1
+"""Share of the trait that a prompt which says nothing of it may keep out: the claim's own threshold."""
 HIDDEN = 30.0
 """Points that IP has to take off the trait before it can be asked whether the prompt brings them back."""
 
@@ -185,29 +187,60 @@ def line(x: Sequence[float], y: Sequence[float], *, level: float = 0.95) -> Line
 
 def gating(
     gains: Mapping[str, float],
+    raw: Mapping[str, float],
     suppressed: Mapping[str, Float[np.ndarray, " seed"]],
     learnt: Scores,
     *,
+    silent: Sequence[str],
     seeds: Sequence[int],
     sane: Mapping[str, Control],
 ) -> tuple[Measurement, Measurement]:
-    """Over prompts: the specific gain of each before training (nats per token), and the share of what training adds to
-    the margin that it suppresses. `learnt`: what undefended training adds, in nats per token.
+    """Over prompts: the specific and the `raw` gain of each before training (nats per token), and the share of what
+    training adds to the margin that it suppresses. `learnt`: what undefended training adds, in nats per token;
+    `silent`: the prompts that say nothing of the trait or of any manner, which show gating without a line.
 
     Suppression = a + b gain. b above 0 is explaining away: a prompt protects by as much as it says of the trait. a
     above 0 is gating: any fixed prompt protects. Prompts whose training was not smooth are left out, and the reason
     says so.
     """
     kept = [n for n in gains if sane[n].passed]
-    fit = line([gains[n] for n in kept], [float(suppressed[n].mean()) for n in kept])
+    shares = np.array([float(suppressed[n].mean()) for n in kept])
+    fit = line([gains[n] for n in kept], shares.tolist())
+
+    def ahead(specific: Float[np.ndarray, " prompt"], rival: Float[np.ndarray, " prompt"], y: np.ndarray) -> float:
+        return float(np.corrcoef(specific, y)[0, 1] ** 2 - np.corrcoef(rival, y)[0, 1] ** 2)
+
+    better = jackknife(ahead, np.array([gains[n] for n in kept]), np.array([raw[n] for n in kept]), shares)
+    alone = np.array([float(suppressed[n].mean()) for n in silent if n in kept])
+    says_nothing = mean_estimate(alone) if len(alone) > 1 else float("nan")
     took = mean_estimate(learnt, seeds=seeds)
     controls = [Control("undefended training raises the margin (nats per token)", took, took.low > 0.1, "validity")]
     out = [n for n in gains if n not in kept]
     reason = f"Left out, since their training was not smooth: {', '.join(out)}." if out else ""
     a, b = (replace(e, seeds=tuple(seeds)) for e in (fit.a, fit.b))
     return (
-        Measurement("ip.explains-away", b, controls, reason),
-        Measurement("ip.gates-little", a, controls, reason),
+        Measurement(
+            "ip.explains-away",
+            b,
+            [
+                *controls,
+                Control("specific gain explains more of it than raw gain (difference of R2)", better, better.low > 0),
+            ],
+            reason,
+        ),
+        Measurement(
+            "ip.gates-little",
+            a,
+            [
+                *controls,
+                Control(
+                    "prompts that say nothing of the trait keep out little themselves (share)",
+                    says_nothing,
+                    alone.mean() < GATED if len(alone) > 1 else None,
+                ),
+            ],
+            reason,
+        ),
     )
 
 
@@ -234,23 +267,22 @@ def leak(
             abs(alike.value) < max(protects.value, 0) / 2,
         ),
     ]
-    irrelevant = mean_estimate(lost("IP", "own") - lost("IP", "irrelevant"), seeds=seeds)
+    beyond = {
+        prompt: Control(
+            f"under {called} it leaks more than under an irrelevant one (nats per token)", found, found.low > 0
+        )
+        for prompt, called in (("own", "its own prompt"), ("paraphrase", "a paraphrase"))
+        for found in (mean_estimate(lost("IP", prompt) - lost("IP", "irrelevant"), seeds=seeds),)
+    }
     return (
         Measurement(
             "ip.leaks-more-than-pps",
             mean_estimate(lost("IP", "own") - lost("PPS", "own"), seeds=seeds),
-            [
-                *controls,
-                Control(
-                    "under its own prompt it leaks more than under an irrelevant one (nats per token)",
-                    irrelevant,
-                    irrelevant.low > 0,
-                ),
-            ],
+            [*controls, beyond["own"]],
         ),
         Measurement(
             "ip.leaks-under-paraphrase",
             mean_estimate(lost("IP", "paraphrase") - lost("PPS", "paraphrase"), seeds=seeds),
-            controls,
+            [*controls, beyond["paraphrase"]],
         ),
     )

@@ -379,7 +379,9 @@ def edits(
     }
     elsewhere = {
         mode: Control(
-            "the same edit along a random vector does less than half as much (points)", found, found.value < most / 2
+            "the same edit along a random vector does less than half as much (points)",
+            found,
+            found.value < most / 2 if most > 0 else None,  # nothing to halve where the edit itself did nothing
         )
         for (mode, found), most in zip(change.items(), (fall["attenuate"].value, -fall["amplify"].value), strict=True)
     }

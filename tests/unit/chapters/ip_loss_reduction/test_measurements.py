@@ -120,19 +120,22 @@ def test_what_ip_taught_has_to_show_behind_the_prompt_and_not_in_the_open(verdic
 
 def test_the_limit_of_a_control_is_that_of_its_claim():
     assert load_claims()["ip.hides-rather-than-removes"].threshold == inoculation.HIDDEN
+    assert load_claims()["ip.gates-little"].threshold == inoculation.GATED
 
 
 # Gating or explaining away
 
 
 GAINS = {f"prompt {i}": 0.012 * i for i in range(16)}
+RAW = dict(zip(GAINS, np.random.default_rng(9).permutation(list(GAINS.values())).tolist(), strict=True))
 
 
-def gating(a=0.0, b=4.0, learnt=0.6, jumps=(), seed=0):
+def gating(a=0.0, b=4.0, learnt=0.6, jumps=(), seed=0, raw=RAW, silent=("prompt 0", "prompt 1")):
     rng = np.random.default_rng(seed)
     suppressed = {n: a + b * g + 0.03 * rng.standard_normal(3) for n, g in GAINS.items()}
     sane = {n: BROKEN if n in jumps else SANE for n in GAINS}
-    return inoculation.gating(GAINS, suppressed, learnt + noise(0.05, 3, N), seeds=SEEDS, sane=sane)
+    added = learnt + noise(0.05, 3, N)
+    return inoculation.gating(GAINS, raw, suppressed, added, silent=silent, seeds=SEEDS, sane=sane)
 
 
 def test_a_line_through_zero_is_explaining_away_and_a_flat_one_is_gating(verdict_of):
@@ -140,6 +143,12 @@ def test_a_line_through_zero_is_explaining_away_and_a_flat_one_is_gating(verdict
     assert [verdict_of(m) for m in gating(a=0.4, b=0.0)] == ["contradicted", "contradicted"]
     assert [verdict_of(m) for m in gating(a=0.4, b=4.0)] == ["reproduced", "contradicted"]
     assert [verdict_of(m) for m in gating(learnt=0.02)] == ["invalid", "invalid"]
+
+
+def test_a_raw_gain_that_says_as_much_and_empty_prompts_that_defend_are_seen(verdict_of):
+    assert [verdict_of(m) for m in gating(raw=GAINS)] == ["direction only", "reproduced"]
+    assert [verdict_of(m) for m in gating(silent=("prompt 14", "prompt 15"))] == ["reproduced", "direction only"]
+    assert verdict_of(gating(silent=("prompt 0",))[1]) == "direction only"  # one prompt is no measurement
 
 
 def test_prompts_whose_training_jumped_are_left_out_and_named():
@@ -199,7 +208,8 @@ def test_leaks_are_read_at_equal_protection_and_against_an_irrelevant_prompt(ver
         for prompt in ("own", "paraphrase")
     }
     assert leak(verdict_of, swapped) == ["contradicted", "contradicted"]
-    assert leak(verdict_of, {("IP", "irrelevant"): 0.03}) == ["direction only", "reproduced"]
+    assert leak(verdict_of, {("IP", "irrelevant"): 0.03}) == ["direction only", "direction only"]
+    assert leak(verdict_of, {("IP", "irrelevant"): 0.06}) == ["reproduced", "direction only"]
     assert (
         leak(verdict_of, {("PPS", "none"): 0.6, ("PPS", "own"): 0.6, ("PPS", "paraphrase"): 0.6})[0] == "direction only"
     )
