@@ -79,6 +79,13 @@ def test_a_failed_control_turns_reproduced_into_direction_only_and_is_named():
     assert "random vector" in reason and "placebo" not in reason
 
 
+def test_a_missed_threshold_does_not_hide_a_failed_control():
+    decided, reason = verdict(
+        ABOVE, Estimate(0.8, 0.6, 0.9, 20), [Control("random vector", 0.4, passed=False)], preset="quick"
+    )
+    assert decided == "direction only" and "The value is not at least" in reason and "random vector" in reason
+
+
 def test_a_failed_validity_control_makes_any_number_invalid():
     broken = [Control("answers are words", 0.4, passed=False, kind="validity")]
     for estimate in (Estimate(0.95, 0.8, 1.0, 20), Estimate(0.3, 0.2, 0.4, 20), Estimate(0.5, 0.1, 1.0, 20)):

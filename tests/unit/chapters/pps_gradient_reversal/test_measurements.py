@@ -73,7 +73,7 @@ PROJECTIONS = {"undefended": 1.0, "PPS": 0.2, "random": 0.9}
 MARGINS = {"undefended": 0.6, "PPS": 0.1, "random": 0.58, "untrained": 0.0}
 
 
-def training(margins=(), scores=(), projections=(), loops=0.0, elsewhere=0.0, sane=SANE):
+def training(margins=(), scores=(), projections=(), loops=0.0, elsewhere=0.0, least=0.2, sane=SANE):
     likely = {
         n: around(v, i, 0.05, (1 if n == "untrained" else 3, N))
         for i, (n, v) in enumerate((MARGINS | dict(margins)).items())
@@ -85,7 +85,9 @@ def training(margins=(), scores=(), projections=(), loops=0.0, elsewhere=0.0, sa
     along = {n: around(v, i, 0.05, (3, N)) for i, (n, v) in enumerate((PROJECTIONS | dict(projections)).items())}
     repeated = {"PPS": around(loops, 1, 0.01, (3, N)), "untrained": around(0.0, 2, 0.01, (1, N))}
     normal = {"PPS": around(2.0 + elsewhere, 8, 0.05, (3, N)), "untrained": around(2.0, 9, 0.05, (1, N))}
-    return measured.training(likely, normal, arms, along, repeated, seeds=SEEDS, sane=sane)
+    falls = {"half the steps": 0.4, "double the rate": least}
+    steady = measured.recipes({n: mean_estimate(around(v, 3, 0.05, (3, N))) for n, v in falls.items()})
+    return measured.training(likely, normal, arms, along, repeated, seeds=SEEDS, sane=sane, steady=steady)
 
 
 def test_a_defence_that_keeps_the_trait_out_is_reproduced_over_its_seeds(verdict_of):
@@ -101,6 +103,7 @@ def test_a_defence_that_keeps_the_trait_out_is_reproduced_over_its_seeds(verdict
         ({"margins": {"random": 0.1}}, ["direction only", "reproduced", "reproduced"]),
         ({"margins": {"untrained": 0.7}}, ["invalid", "reproduced", "reproduced"]),
         ({"elsewhere": 0.5}, ["direction only", "reproduced", "reproduced"]),
+        ({"least": 0.0}, ["direction only", "reproduced", "reproduced"]),
         ({"scores": {"PPS": 90, "undefended": 15}}, ["reproduced", "contradicted", "reproduced"]),
         ({"scores": {"random": 15}}, ["reproduced", "direction only", "reproduced"]),
         ({"projections": {"PPS": 1.0, "undefended": 0.2}}, ["reproduced", "reproduced", "contradicted"]),
@@ -212,18 +215,36 @@ def test_what_is_behind_the_vector_is_read_against_the_untrained_model_with_it(v
     assert verdict_of(behind(sane=BROKEN)) == "invalid"
 
 
+def test_the_recipe_with_which_pps_does_least_is_the_one_named():
+    weakest = measured.recipes({"half": Estimate(0.4, 0.3, 0.5, 9), "double": Estimate(0.5, -0.1, 1.1, 9)})
+    assert "double" in weakest.name and not weakest.passed
+
+
+def test_pps_that_acts_as_much_on_normal_data_does_not_act_on_the_trait(verdict_of):
+    def found(strong, normal, sane=SANE):
+        margins = {
+            level: {"undefended": around(0.6, k, 0.02, (3, N)), "PPS": around(0.6 - fall, k + 1, 0.02, (3, N))}
+            for k, (level, fall) in zip((1, 3), (("strong", strong), ("normal", normal)), strict=True)
+        }
+        return measured.data(margins, seeds=SEEDS, sane=sane)
+
+    assert verdict_of(found(0.4, 0.1)) == "reproduced"
+    assert verdict_of(found(0.4, 0.4)) == verdict_of(found(0.1, 0.4)) == "contradicted"
+    assert verdict_of(found(0.0, -0.4)) == verdict_of(found(0.4, 0.1, BROKEN)) == "invalid"
+    assert "On normal answers PPS takes 0.1" in found(0.4, 0.1).reason
+
+
 def test_a_model_that_relearns_faster_had_only_hidden_the_trait(verdict_of):
-    def found(pps, untrained=0.3):
-        before = {"PPS": around(0.1, 1, 0.02, (3, N)), "untrained": around(0.0, 2, 0.02, (3, N))}
-        gains = {"PPS": pps, "untrained": untrained}
-        return verdict_of(
-            measured.relearning(
-                before, {n: m + around(gains[n], 5, 0.02, (3, N)) for n, m in before.items()}, seeds=SEEDS
-            )
-        )
+    def found(pps, without=0.3, untrained=0.3, hidden=0.5):
+        gains = {"PPS": pps, "PPS, normal data": without, "untrained": untrained, "IP": hidden}
+        before = {n: around(0.1, i, 0.02, (3, N)) for i, n in enumerate(gains)}
+        after = {n: m + around(gains[n], 5, 0.02, (3, N)) for n, m in before.items()}
+        return verdict_of(measured.relearning(before, after, seeds=SEEDS))
 
     assert found(0.3) == "reproduced"
     assert found(0.5) == "contradicted"
+    assert found(0.5, without=0.5) == "reproduced", "what every model gains that lost the vector is not the trait"
+    assert found(0.3, hidden=0.3) == "invalid", "steps that cannot see a hidden trait show nothing"
     assert found(0.0, untrained=0.0) == "invalid"
 
 
@@ -245,17 +266,23 @@ def test_few_steering_vectors_decide_nothing_and_many_do(verdict_of):
     assert verdict_of(measured.cross_trait(cosines, 50 + 100 * cosines)) == "contradicted"
 
 
-def existing(start=90.0, sane=SANE, **after):
+SCALES = pytest.mark.parametrize(
+    ("scale", "unit"), [(measured.SCORE, 1.0), (measured.MARGIN, 0.01)], ids=["score", "margin"]
+)
+"""What is planted is written in points; a hundredth of it is planted as a margin."""
+
+
+def existing(scale, unit, start=90.0, sane=SANE, **after):
     arms = {"undefended": 90.0, "PPS": 40.0, "IP": 89.0} | after
-    scores = {n: around(v, i, 5.0, (3, N)) for i, (n, v) in enumerate(arms.items())}
-    return measured.existing_trait(
-        around(start, 7, 5.0, (3, N)), around(5.0, 8, 5.0, (1, N)), scores, seeds=SEEDS, sane=sane
-    )
+    found = {n: unit * around(v, i, 5.0, (3, N)) for i, (n, v) in enumerate(arms.items())}
+    before, untrained = unit * around(start, 7, 5.0, (3, N)), unit * around(5.0, 8, 5.0, (1, N))
+    return measured.existing_trait(before, untrained, found, scale, seeds=SEEDS, sane=sane)
 
 
-def test_pps_has_to_lower_a_trait_that_is_there_and_ip_must_not(verdict_of):
+@SCALES
+def test_pps_has_to_lower_a_trait_that_is_there_and_ip_must_not(verdict_of, scale, unit):
     def verdicts(**planted):
-        return [verdict_of(m) for m in existing(**planted)]
+        return [verdict_of(m) for m in existing(scale, unit, **planted)]
 
     assert verdicts() == ["reproduced", "reproduced"]
     assert verdicts(PPS=89.0, IP=40.0) == ["contradicted", "contradicted"]
@@ -263,30 +290,44 @@ def test_pps_has_to_lower_a_trait_that_is_there_and_ip_must_not(verdict_of):
     assert verdicts(start=10.0) == verdicts(sane=BROKEN) == ["invalid", "invalid"]
 
 
-def edited(undefended=70.0, untrained=5.0, at_random=(70.0, 70.0), **changed):
+def edited(scale, unit, undefended=70.0, untrained=5.0, at_random=(70.0, 70.0), **changed):
     arms = {"neutralise": 69.0, "attenuate": 20.0, "amplify": 90.0} | changed
-    scores = {m: around(v, i, 3.0, (3, N)) for i, (m, v) in enumerate(arms.items())}
+    found = {m: unit * around(v, i, 3.0, (3, N)) for i, (m, v) in enumerate(arms.items())}
     random = {
-        m: around(v, i, 3.0, (3, N)) for i, (m, v) in enumerate(zip(("attenuate", "amplify"), at_random, strict=True))
+        m: unit * around(v, i, 3.0, (3, N))
+        for i, (m, v) in enumerate(zip(("attenuate", "amplify"), at_random, strict=True))
     }
-    before = around(untrained, 8, 3.0, (1, N))
-    return [*measured.edits(around(undefended, 9, 3.0, (3, N)), scores, random, before, seeds=SEEDS, sane=SANE)]
+    before, plain = unit * around(untrained, 8, 3.0, (1, N)), unit * around(undefended, 9, 3.0, (3, N))
+    return measured.edits(plain, found, random, before, scale, seeds=SEEDS, sane=SANE)
 
 
-def test_edits_along_the_trait_are_held_against_the_same_edits_along_a_random_vector(verdict_of):
-    assert [verdict_of(m) for m in edited()] == ["reproduced"] * 3
-    assert [verdict_of(m) for m in edited(at_random=(25.0, 70.0))] == ["reproduced", "direction only", "reproduced"]
-    assert [verdict_of(m) for m in edited(at_random=(70.0, 88.0))] == ["reproduced", "reproduced", "direction only"]
+@SCALES
+def test_edits_along_the_trait_are_held_against_the_same_edits_along_a_random_vector(verdict_of, scale, unit):
+    def verdicts(**planted):
+        return [verdict_of(m) for m in edited(scale, unit, **planted)]
+
+    assert verdicts() == ["reproduced"] * 3
+    assert verdicts(at_random=(25.0, 70.0)) == ["reproduced", "direction only", "reproduced"]
+    assert verdicts(at_random=(70.0, 88.0)) == ["reproduced", "reproduced", "direction only"]
 
 
-def test_edits_that_do_the_opposite_contradict_and_a_full_scale_shows_nothing(verdict_of):
-    opposite = edited(neutralise=20.0, attenuate=90.0, amplify=50.0)
-    assert [verdict_of(m) for m in opposite] == ["invalid", "contradicted", "contradicted"]
-    assert verdict_of(edited(neutralise=20.0)[0]) == "contradicted"
-    no_edit_works = edited(neutralise=70.0, attenuate=70.0, amplify=70.0)
-    assert verdict_of(no_edit_works[0]) == "invalid", "nothing can be said of one edit where none does anything"
-    assert {verdict_of(m) for m in edited(untrained=65.0)} == {"invalid"}
-    assert verdict_of(edited(undefended=99.0, amplify=99.5)[2]) == "invalid"
+@SCALES
+def test_edits_that_do_the_opposite_contradict(verdict_of, scale, unit):
+    def verdicts(**planted):
+        return [verdict_of(m) for m in edited(scale, unit, **planted)]
+
+    opposite = verdicts(neutralise=20.0, attenuate=90.0, amplify=50.0)
+    assert opposite == ["invalid", "contradicted", "contradicted"]
+    assert verdicts(neutralise=20.0)[0] == "contradicted"
+    no_edit_works = verdicts(neutralise=70.0, attenuate=70.0, amplify=70.0)
+    assert no_edit_works[0] == "invalid", "nothing can be said of one edit where none does anything"
+    assert set(verdicts(untrained=65.0)) == {"invalid"}
+
+
+def test_a_full_scale_shows_nothing_of_amplifying_and_margins_have_no_top(verdict_of):
+    full = {"undefended": 99.0, "amplify": 99.5}
+    assert verdict_of(edited(measured.SCORE, 1.0, **full)[2]) == "invalid"
+    assert verdict_of(edited(measured.MARGIN, 0.01, **full)[2]) != "invalid"
 
 
 def test_nulls_are_unit_vectors_of_the_kind_they_say():
