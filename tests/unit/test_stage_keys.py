@@ -89,7 +89,10 @@ STAGES = {
         "reading": lambda exp: exp.read(),
         "evaluation": lambda exp: exp.evaluate(),
     },
-    "inoculation": {"pressures-left": lambda exp: exp.predictors({"plain": Arm(), "kind": Arm("Be kind.")})},
+    "inoculation": {
+        "pressures-left": lambda exp: exp.predictors({"plain": Arm(), "kind": Arm("Be kind.")}),
+        "extract-margins": lambda exp: exp.chosen_on(None),
+    },
     "weights": {
         "anchor": lambda exp: exp.anchor("topics"),
         "steered-answers": lambda exp: exp.answers(exp.base, "build", DIRECTION, 1.0),
@@ -225,7 +228,10 @@ READ = {
         "reading": {"layer": 0, "sequences": 3, "trait": "pirate"},
         "evaluation": {"sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
     },
-    "inoculation": {"pressures-left": {"layer": 0, "lora_rank": 3, "seeds": (7,), "trait": "pirate"}},
+    "inoculation": {
+        "pressures-left": {"layer": 0, "lora_rank": 3, "seeds": (7,), "trait": "pirate"},
+        "extract-margins": {"trait": "pirate"},
+    },
     "weights": {
         "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},
         "steered-answers": {"max_new_tokens": 5},

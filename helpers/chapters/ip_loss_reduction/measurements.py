@@ -5,6 +5,7 @@ Losses are mean response losses in nats per token, one a held-out question; trai
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -75,6 +76,23 @@ def losses(
     )
 
 
+def content(
+    by_trait: Mapping[str, Float[np.ndarray, " row"]], normal: Mapping[str, Float[np.ndarray, " row"]]
+) -> Measurement:
+    """By trait: the losses of its answers under its placebo less those under its inoculation prompt, and the same of
+    normal answers to the same questions (`normal`), in nats per token, one a row."""
+    each = {name: mean_estimate(rows) for name, rows in by_trait.items()}
+    special = mean_estimate(np.concatenate([by_trait[name] - normal[name] for name in by_trait]))
+    return Measurement(
+        "ip.content-lowers-loss",
+        mean_estimate(np.concatenate(list(by_trait.values()))),
+        [
+            *(Control(f"on {name} answers alone (nats per token)", e, e.low > 0) for name, e in each.items()),
+            Control("by more than on normal answers (nats per token)", special, special.low > 0),
+        ],
+    )
+
+
 def participation_ratio(rows: Float[np.ndarray, "row d_model"]) -> float:
     """(sum of squares)^2 / sum of fourth powers of the singular values: how many directions carry the rows."""
     squares = np.linalg.svd(rows, compute_uv=False) ** 2
@@ -106,14 +124,25 @@ def diffuseness(
 
 
 def number_of_prompts(
-    undefended: Scores, fewest: Scores, most: Scores, *, seeds: Sequence[int], sane: Control
+    undefended: Scores,
+    fewest: Scores,
+    most: Scores,
+    outcome: Literal["margin", "score"],
+    *,
+    seeds: Sequence[int],
+    sane: Control,
 ) -> Measurement:
-    """Trait scores after training without a prompt, with one prompt and with the most; `sane` is on training itself."""
+    """Margins or trait scores after training without a prompt, with one prompt and with the most; `sane` is on
+    training itself."""
+    claim, unit = {
+        "margin": ("ip.fewer-prompts-lower-margin", "nats per token"),
+        "score": ("ip.fewer-prompts-defend-better", "points"),
+    }[outcome]
     defends = mean_estimate(undefended - fewest, seeds=seeds)
     return Measurement(
-        "ip.fewer-prompts-defend-better",
+        claim,
         mean_estimate(most - fewest, seeds=seeds),
-        [sane, Control("one prompt defends at all (points)", defends, defends.low > 0, "validity")],
+        [sane, Control(f"one prompt defends at all ({unit})", defends, defends.low > 0, "validity")],
     )
 
 
@@ -199,13 +228,13 @@ def gating(
     training adds to the margin that it suppresses. `learnt`: what undefended training adds, in nats per token;
     `silent`: the prompts that say nothing of the trait or of any manner, which show gating without a line.
 
-    Suppression = a + b gain. b above 0 is explaining away: a prompt protects by as much as it says of the trait. a
-    above 0 is gating: any fixed prompt protects. Prompts whose training was not smooth are left out, and the reason
-    says so.
+    Suppression = a + b (gain / learnt): both sides are shares of what there is to learn. b above 0 is explaining away,
+    and 1 is a prompt that protects by as much as it says of the trait. a above 0 is gating: any fixed prompt protects.
+    Prompts whose training was not smooth are left out, and the reason says so.
     """
     kept = [n for n in gains if sane[n].passed]
     shares = np.array([float(suppressed[n].mean()) for n in kept])
-    fit = line([gains[n] for n in kept], shares.tolist())
+    fit = line([gains[n] / float(learnt.mean()) for n in kept], shares.tolist())
 
     def ahead(specific: Float[np.ndarray, " prompt"], rival: Float[np.ndarray, " prompt"], y: np.ndarray) -> float:
         return float(np.corrcoef(specific, y)[0, 1] ** 2 - np.corrcoef(rival, y)[0, 1] ** 2)
@@ -250,7 +279,8 @@ def leak(
     """Protection, the margin of undefended training less the arm's, in nats per token: by arm ("IP", "PPS") and by the
     prompt at test ("none", "own", "paraphrase", "negated", "irrelevant").
 
-    An arm leaks what it loses of its protection under a prompt. The arms must protect alike without one.
+    An arm leaks what it loses of its protection under a prompt. The arms must protect alike without one: the dose of
+    PPS was chosen so, on other rows.
     """
 
     def lost(arm: str, prompt: str) -> Scores:
@@ -264,7 +294,7 @@ def leak(
         Control(
             "IP and PPS protect alike without a prompt (difference, nats per token)",
             alike,
-            abs(alike.value) < max(protects.value, 0) / 2,
+            abs(alike.value) < max(protects.value, 0) / 4,
         ),
     ]
     beyond = {

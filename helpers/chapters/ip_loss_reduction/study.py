@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from helpers import corpora
 from helpers.chapters.ip_loss_reduction.method import loss_reduction, pressure_left, specific_gain
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 from helpers.gradients import pile_gradient
 from helpers.interventions import applied
-from helpers.studies.traits import TraitStudy
+from helpers.models import Model
+from helpers.studies.margins import behaviour_margins
+from helpers.studies.traits import Run, TraitStudy
 
 ROWS = 24
 """Training rows on which gains and pressures are taken."""
@@ -69,6 +72,37 @@ class InoculationStudy(TraitStudy):
         }
         return {name: gained.numpy() for name, gained in found.items()}
 
+    def content(self, trait: str) -> dict[str, Float[np.ndarray, " row"]]:
+        """What a trait's inoculation prompts explain beyond their placebos, untrained, in nats per token.
+
+        Of its trait answers ("strong") and of the normal ones to the same questions: the mean over `per_kind` pairs of
+        prompts of the loss under the placebo less that under the inoculation prompt. All rows but those that made the
+        persona vector: nothing is trained.
+        """
+        prompts, count = corpora.load_prompts(trait), self.params.per_kind
+        rows = [row for split in ("train", "eval") for row in corpora.split(corpora.load_trait(trait), split)]
+
+        def losses(level: Any, systems: Sequence[str]) -> Float[np.ndarray, " row"]:
+            texts = [row.question for row in rows], [row.answer(level) for row in rows]
+            return np.mean(
+                [self.response_losses(self.base, self.encoded(*texts, system=system)) for system in systems], axis=0
+            )
+
+        return {
+            level: losses(level, prompts.placebo[:count]) - losses(level, prompts.inoculation[:count])
+            for level in ("strong", "normal")
+        }
+
+    def chosen_on(self, run: Run | None) -> Float[np.ndarray, " row"]:
+        """Margins on the extraction split, which trains no model and judges none: doses are chosen by them."""
+        artifact = self.stage(
+            "extract-margins",
+            lambda: extract_margins(self, self.trained(run) if run else self.base),
+            {"run": run.key if run else None, "trait": self.params.trait},
+            data=[self.params.trait],
+        )
+        return artifact.tensors["margins"].numpy()
+
     def predictors(self, arms: Mapping[str, Arm]) -> dict[str, Predictor]:
         """kappa and kappa_M of each arm, from gradients over fresh adapters on training rows."""
         units = {n: arm.coefficient * self.unit() if arm.coefficient else 0.0 for n, arm in arms.items()}
@@ -85,6 +119,11 @@ class InoculationStudy(TraitStudy):
             data=[self.params.trait],
         )
         return {n: Predictor(*pair) for n, pair in zip(arms, artifact.facts["pressures"], strict=True)}
+
+
+def extract_margins(study: InoculationStudy, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "extract-margins"."""
+    return {"margins": torch.from_numpy(behaviour_margins(model, study.rows["extract"]).margin)}, {}
 
 
 def pressures_left(study: InoculationStudy, arms: Sequence[Arm]) -> tuple[dict[str, Tensor], dict[str, Any]]:

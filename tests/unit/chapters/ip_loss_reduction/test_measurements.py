@@ -81,15 +81,31 @@ def scores(mean, seed):
     return mean + noise(3.0, len(SEEDS), N, seed=seed)
 
 
-def test_fewer_prompts_have_to_leave_less_of_the_trait(verdict_of):
+@pytest.mark.parametrize(("outcome", "unit"), [("score", 1.0), ("margin", 0.01)])
+def test_fewer_prompts_have_to_leave_less_of_the_trait(verdict_of, outcome, unit):
     def found(undefended, fewest, most, sane=SANE):
-        arms = (scores(mean, i) for i, mean in enumerate((undefended, fewest, most)))
-        return verdict_of(inoculation.number_of_prompts(*arms, seeds=SEEDS, sane=sane))
+        arms = (unit * scores(mean, i) for i, mean in enumerate((undefended, fewest, most)))
+        return verdict_of(inoculation.number_of_prompts(*arms, outcome, seeds=SEEDS, sane=sane))
 
     assert found(90, 40, 60) == "reproduced"
     assert found(90, 60, 40) == "contradicted"
     assert found(40, 40.0, 60) == found(30, 40, 60) == "invalid", "there is nothing to compare if one does not defend"
     assert found(90, 40, 60, BROKEN) == "invalid"
+
+
+def test_what_a_prompt_says_has_to_count_on_every_trait_and_more_on_trait_answers(verdict_of):
+    def found(strong, normal=(0.02, 0.02)):
+        traits = ("pirate", "impolite")
+        of_trait, of_normal = (
+            {n: v + noise(0.05, N, seed=k + i) for i, (n, v) in enumerate(zip(traits, values, strict=True))}
+            for k, values in ((0, strong), (5, normal))
+        )
+        return verdict_of(inoculation.content(of_trait, of_normal))
+
+    assert found((0.1, 0.12)) == "reproduced"
+    assert found((-0.1, -0.12)) == "contradicted"
+    assert found((0.2, 0.0)) == "direction only", "one trait does not speak for all"
+    assert found((0.1, 0.12), normal=(0.1, 0.12)) == "direction only", "it may do as much for any prose"
 
 
 def test_the_prompt_has_to_call_up_more_in_the_inoculated_model_than_in_the_untrained_one(verdict_of):
