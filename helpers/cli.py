@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             write_pages(chosen.tree)
         elif chosen.command == "reference":
-            make_references(chosen.chapters, chosen.preset, chosen.cores, chosen.seconds)
+            make_references(chosen)
         elif chosen.command == "edition":
             from helpers.book.editions import EditionError, write_edition
 
@@ -74,32 +74,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _given(chosen: argparse.Namespace) -> dict[str, str]:
     """The parameters of a command line, each of them given once."""
-    own = [(name, getattr(chosen, name)) for name in ("preset", "results")]
-    given: dict[str, str] = {}
-    for name, text in [*((name, text) for name, text in own if text is not None), *chosen.parameters]:
+    given = {name: text for name in ("preset", "results") if (text := getattr(chosen, name, None)) is not None}
+    for name, text in chosen.parameters:
         if name in given:
             raise ParameterError(f"Parameter {shortened(name)} is given twice: give it once.")
         given[name] = text
     return given
 
 
-def make_references(chapters: Sequence[str], preset: str, cores: str, seconds: str | None) -> None:
+def make_references(chosen: argparse.Namespace) -> None:
     """Make reference runs, and say what is left.
 
     Raises:
         CommandError: if that cannot be done, or the seconds are no time.
     """
     try:
-        time = None if not seconds else float(seconds)
+        time = None if not chosen.seconds else float(chosen.seconds)
     except ValueError:
         time = math.nan
     if time is not None and not 0 < time < math.inf:
-        raise CommandError(f"--seconds takes a number of seconds, such as 3600, and not {seconds!r}.")
+        raise CommandError(f"--seconds takes a number of seconds, such as 3600, and not {chosen.seconds!r}.")
+    parameters = _given(chosen)
+    preset = parameters.pop("preset")
     from helpers.book.reference import ReferenceRunError
     from helpers.building import reference
 
     try:
-        left = reference.make_references([name for name in chapters if name], preset, cores, time)
+        names = [name for name in chosen.chapters if name]
+        left = reference.make_references(names, preset, chosen.cores, time, parameters)
     except (reference.BuildError, ReferenceRunError) as error:
         raise CommandError(str(error)) from None
     if left:
@@ -191,16 +193,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("notebook", type=Path)
     run.add_argument("--output", type=Path, required=True, help="where the executed notebook goes")
     run.add_argument("--preset", help="tiny, quick (default), full or paper")
-    run.add_argument(
-        "-p",
-        "--parameter",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help='a parameter of the chapter, such as: -p layer 12 -p seeds "[0, 1]"',
-    )
     run.add_argument("--results", help="folder for findings, figure data and vectors")
     run.add_argument(
         "--lines", action="store_true", help="progress in lines, for commands that run side by side in a terminal"
@@ -217,6 +209,17 @@ def _parser() -> argparse.ArgumentParser:
     long.add_argument("--preset", default="full", help="tiny, quick, full (default) or paper")
     long.add_argument("--cores", default="all", help="how many processor cores to use")
     long.add_argument("--seconds", help="begin no stage after so many; the same command goes on later")
+    for command in (run, long):
+        command.add_argument(
+            "-p",
+            "--parameter",
+            dest="parameters",
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("NAME", "VALUE"),
+            help='a parameter of the chapter, such as: -p layer 12 -p seeds "[0, 1]"',
+        )
     course = commands.add_parser("edition", help="write the notebooks for students or for instructors")
     course.add_argument("edition", help="student (without the answers) or instructor (with notes)")
     course.add_argument("--output", type=Path, required=True, help="the folder, such as build/student")

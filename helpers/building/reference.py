@@ -1,10 +1,11 @@
 """Making reference runs: chapters on a larger preset, in slices if need be, each kept once it is whole."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from helpers.artifacts import DEADLINE
 from helpers.book.reference import keep
@@ -13,7 +14,13 @@ from helpers.chapters import CHAPTERS
 from helpers.params import nearest
 
 
-def make_references(names: Sequence[str], preset: str, cores: str = "all", seconds: float | None = None) -> list[str]:
+def make_references(
+    names: Sequence[str],
+    preset: str,
+    cores: str = "all",
+    seconds: float | None = None,
+    parameters: Mapping[str, str] | None = None,
+) -> list[str]:
     """Run chapters, keep the runs that are whole as references, and say which are left.
 
     A chapter that was stopped, however, goes on with the stage that it had come to.
@@ -23,6 +30,7 @@ def make_references(names: Sequence[str], preset: str, cores: str = "all", secon
         preset: for most readers `full`.
         cores: how many processor cores to use, or "all".
         seconds: after which no stage is begun any more.
+        parameters: those that are other than the preset's, as on a command line: `{"seeds": "[0, 1, 2]"}`.
 
     Raises:
         BuildError: if there is no such chapter, or a chapter could not be run though there was time.
@@ -31,7 +39,8 @@ def make_references(names: Sequence[str], preset: str, cores: str = "all", secon
     chapters = [_chapter(name) for name in names] or list(CHAPTERS)
     tree, until = tree_of(preset), None if seconds is None else time.time() + seconds
     marks = {chapter: mark(tree, chapter) for chapter in chapters}
-    snakemake = [sys.executable, "-m", "snakemake", "--cores", cores, "--keep-going", "--config", f"preset={preset}"]
+    config = [f"preset={preset}", *([f"parameters={json.dumps(parameters)}"] if parameters else [])]
+    snakemake = [sys.executable, "-m", "snakemake", "--cores", cores, "--keep-going", "--config", *config]
     variables = os.environ if until is None else {**os.environ, DEADLINE: str(until)}
     done = subprocess.run([*snakemake, "--", *marks.values()], cwd=PROJECT, env=variables)
     left = [chapter for chapter, path in marks.items() if not (PROJECT / path).exists()]
