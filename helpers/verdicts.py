@@ -130,12 +130,12 @@ def verdict(claim: Claim, estimate: Estimate, controls: Sequence[Control] = (), 
             f"({format_number(claim.threshold)}); "
             f"n = {estimate.n}{trained} could have shown a difference of {format_number(estimate.detectable)} or more.",
         )
-    reasons = [] if claim.met_by(estimate.value) else [f"The value is not {limit} {format_number(claim.threshold)}."]
+    if not claim.met_by(estimate.value):
+        return "direction only", f"The value is not {limit} {format_number(claim.threshold)}."
     for state, words in (("failed", "did not come out as it must"), ("not measured", "was not measured")):
         missing = [control.name for control in controls if control.state == state]
-        reasons += [f"This control {words}: {', '.join(missing)}."] * bool(missing)
-    if reasons:
-        return "direction only", " ".join(reasons)
+        if missing:
+            return "direction only", f"This control {words}: {', '.join(missing)}."
     passed = "and all controls passed" if controls else "and there is no control"
     return "reproduced", f"The value meets the threshold, the interval excludes no effect, {passed}."
 

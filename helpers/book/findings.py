@@ -309,7 +309,7 @@ class Findings:
                 seeds=tuple(estimate.seeds),
                 controls=tuple(measured.controls),
                 verdict=decided,
-                reason=f"{why} {measured.reason}".strip(),
+                reason=" ".join(filter(None, (why, _also_failed(why, measured.controls), measured.reason))),
             )
 
     def judged_by(self, judge: object) -> None:
@@ -464,6 +464,12 @@ def _judge_told(judge: Mapping[str, str | int]) -> str:
     missing = f"{judge['without a score']} of {judge['answers']} answers without a score"
     mixed = f" ({others} by another method)" if (others := judge["by another method"]) else ""
     return f"{judge['model']}, by {judge['method']}{mixed}; {missing}"
+
+
+def _also_failed(why: str, controls: Sequence[Control]) -> str:
+    """The strength controls that failed beside what decided the verdict, which `why` says."""
+    names = [c.name for c in controls if c.kind == "strength" and c.state == "failed" and c.name not in why]
+    return f"This control failed as well: {', '.join(names)}." if names else ""
 
 
 def badge(verdict: str) -> str:

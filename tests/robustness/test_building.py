@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 import venv
@@ -665,3 +666,18 @@ def test_when_the_time_is_over_no_stage_is_begun_and_the_same_command_goes_on(st
 def test_a_reference_that_cannot_be_made_is_one_sentence(project, arguments, sentence):
     done = reference(project, *arguments)
     assert done.returncode == 2 and (project / "said").read_text().startswith(sentence)
+
+
+def test_a_reference_takes_other_parameters_and_says_which_it_does_not_know(staged):
+    project = staged("other")
+
+    def made(*parameters):
+        command = [sys.executable, "-m", "helpers", "reference", "ip_loss_reduction", "--preset", "tiny", *parameters]
+        return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True)
+
+    wrong = made("-p", "stepz", "3")
+    assert wrong.returncode == 1 and "There is no parameter 'stepz': did you mean 'steps'?" in wrong.stderr
+    done = made("-p", "seeds", "[3, 4]", "-p", "steps", "3")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((project / "book" / "reference" / SMALL[0] / "findings.json").read_text())
+    assert kept["seeds"] == [3, 4] and kept["parameters"]["steps"] == 3
