@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 from helpers.statistics import Estimate, jackknife, mean_estimate, rank_correlation, share
 from helpers.studies.nulls import rarely
@@ -26,7 +27,10 @@ LEARNT = 0.2
 """Nats per token that undefended training has to add to the margin before a defence can take anything away."""
 
 FEWEST_POINTS = 12
-"""Steering vectors that a rank correlation over them needs."""
+"""Pairs of data and vector that a rank correlation over them needs."""
+
+DEALS = 4000
+"""Random deals of vectors that it is held against."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,29 @@ def dose(
     )
 
 
+def steered_block(
+    margins: Mapping[int, Outcomes],
+    chosen: int,
+    undefended: Outcomes,
+    *,
+    seeds: Sequence[int],
+    sane: Control,
+) -> Measurement:
+    """Margins after training with PPS, by the block after which it steered; `chosen` is the chapter's."""
+    others = np.mean([found for block, found in margins.items() if block != chosen], axis=0)
+    protects = mean_estimate(undefended - margins[chosen], seeds=seeds)
+    best = min(margins, key=lambda block: float(margins[block].mean()))
+    return Measurement(
+        "pps.steered-block",
+        mean_estimate(others - margins[chosen], seeds=seeds),
+        [
+            sane,
+            Control("PPS lowers the margin at this block (nats per token)", protects, protects.low > 0, "validity"),
+        ],
+        f"The lowest margin of these blocks is left by block {best}.",
+    )
+
+
 def behind_the_vector(
     steered: Mapping[str, Outcomes], plain: Mapping[str, Outcomes], *, seeds: Sequence[int], sane: Control
 ) -> Measurement:
@@ -385,12 +412,27 @@ def rebound(
     )
 
 
-def cross_trait(cosines: Float[np.ndarray, " vector"], scores: Float[np.ndarray, " vector"]) -> Measurement:
-    """Mean cosine under PPS before training, and mean trait score after it, one of each a steering vector."""
-    if len(cosines) < FEWEST_POINTS:
-        few = f"{len(cosines)} steering vectors cannot decide a rank correlation; {FEWEST_POINTS} are needed."
+def cross_trait(
+    cosines: Float[np.ndarray, "data vector"], kept_out: Float[np.ndarray, "data vector"], *, seed: int
+) -> Measurement:
+    """Cosine under the steering before training, and the share of the trait that it keeps out of training, by the
+    trait of the data and that of the vector; a trait's own vector (the diagonal) does not count.
+
+    The null deals the vectors anew within each trait's data: what differs between data is not the vectors' doing.
+    """
+    crossed = ~np.eye(len(cosines), dtype=bool)
+    if crossed.sum() < FEWEST_POINTS:
+        few = f"{crossed.sum()} pairs of data and vector cannot decide a rank correlation; {FEWEST_POINTS} are needed."
         return Measurement("pps.cosine-predicts-cross-trait", NOT_MEASURED, (), few)
-    return Measurement("pps.cosine-predicts-cross-trait", rank_correlation(cosines, scores))
+    found = rank_correlation(cosines[crossed], kept_out[crossed])
+    rng, rows = np.random.default_rng(seed), kept_out[crossed].reshape(len(cosines), -1)
+    ranks = stats.rankdata(cosines[crossed])
+    deals = [np.corrcoef(ranks, stats.rankdata(rng.permuted(rows, axis=1)))[0, 1] for _ in range(DEALS)]
+    return Measurement(
+        "pps.cosine-predicts-cross-trait",
+        found,
+        [rarely("vectors dealt anew within each trait's data", np.array(deals), found.value)],
+    )
 
 
 def existing_trait(

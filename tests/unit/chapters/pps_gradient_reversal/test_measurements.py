@@ -234,6 +234,16 @@ def test_pps_that_acts_as_much_on_normal_data_does_not_act_on_the_trait(verdict_
     assert "On normal answers PPS takes 0.1" in found(0.4, 0.1).reason
 
 
+def test_the_chapters_block_has_to_keep_out_more_than_the_others(verdict_of):
+    def found(chosen=0.1, others=0.4, sane=SANE):
+        margins = {b: around(chosen if b == 15 else others, b, 0.02, (3, N)) for b in (3, 9, 15, 21)}
+        return measured.steered_block(margins, 15, around(0.6, 9, 0.02, (3, N)), seeds=SEEDS, sane=sane)
+
+    assert verdict_of(found()) == "reproduced" and "by block 15" in found().reason
+    assert verdict_of(found(chosen=0.4, others=0.1)) == "contradicted"
+    assert verdict_of(found(chosen=0.7, others=0.9)) == verdict_of(found(sane=BROKEN)) == "invalid"
+
+
 def test_a_model_that_relearns_faster_had_only_hidden_the_trait(verdict_of):
     def found(pps, without=0.3, untrained=0.3, hidden=0.5):
         gains = {"PPS": pps, "PPS, normal data": without, "untrained": untrained, "IP": hidden}
@@ -258,12 +268,26 @@ def test_a_rebound_is_the_rise_after_the_steering_ends(verdict_of):
     assert found(0.4, undefended=0.12) == found(0.4, sane=BROKEN) == "invalid"
 
 
-def test_few_steering_vectors_decide_nothing_and_many_do(verdict_of):
-    cosines = np.linspace(-0.2, 0.3, 14)
-    few = measured.cross_trait(cosines[:5], -cosines[:5])
-    assert verdict_of(few) == "not judged" and "5 steering vectors cannot decide" in few.reason
-    assert verdict_of(measured.cross_trait(cosines, 50 - 100 * cosines)) == "reproduced"
-    assert verdict_of(measured.cross_trait(cosines, 50 + 100 * cosines)) == "contradicted"
+def crossed(slope=1.0, spread=0.05, traits=4, between=0.0, seed=0):
+    """Vectors whose cosine tells what they keep out, by `slope`; and data that differ in both, by `between`."""
+    rng = np.random.default_rng(seed)
+    cosines = rng.uniform(-0.2, 0.3, (traits, traits))
+    kept = slope * cosines + spread * rng.standard_normal((traits, traits))
+    level = between * np.arange(traits)[:, None]
+    return measured.cross_trait(cosines + level, kept + level, seed=0)
+
+
+def test_few_pairs_of_data_and_vector_decide_nothing_and_twelve_may(verdict_of):
+    few = crossed(traits=3)
+    assert verdict_of(few) == "not judged" and "6 pairs of data and vector cannot decide" in few.reason
+    assert verdict_of(crossed()) == "reproduced"
+    assert verdict_of(crossed(slope=-1.0)) == "contradicted"
+
+
+def test_data_that_differ_are_not_vectors_that_predict(verdict_of):
+    apart = crossed(slope=0.0, between=2.0, seed=3)
+    assert apart.estimate.low > 0 and not apart.controls[0].passed
+    assert verdict_of(apart) == "direction only"
 
 
 SCALES = pytest.mark.parametrize(
