@@ -373,17 +373,17 @@ def behind_the_vector(
 def relearning(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes], *, seeds: Sequence[int]) -> Measurement:
     """Margins before and after a few gentle undefended steps on trait data, of models that were trained before.
 
-    "PPS", "PPS, normal data" and "untrained"; and "IP", which has learnt the trait behind its prompt (chapter 2): where
+    "PPS", "normal data, PPS" and "untrained"; and "IP", which has learnt the trait behind its prompt (chapter 2): where
     it learns no faster than the untrained model, these steps cannot tell a hidden trait from none. PPS on normal data
     leaves a model that lost the vector as much and never saw the trait.
     """
-    gained = {name: after[name] - before[name] for name in ("PPS", "PPS, normal data", "untrained", "IP")}
+    gained = {name: after[name] - before[name] for name in ("PPS", "normal data, PPS", "untrained", "IP")}
     learns = mean_estimate(gained["untrained"], seeds=seeds)
     hidden = mean_estimate(gained["IP"] - gained["untrained"], seeds=seeds)
     beyond = mean_estimate(gained["PPS"] - gained["untrained"], seeds=seeds)
     return Measurement(
         "pps.relearns-no-faster",
-        mean_estimate(gained["PPS"] - gained["PPS, normal data"], seeds=seeds),
+        mean_estimate(gained["PPS"] - gained["normal data, PPS"], seeds=seeds),
         [
             Control("the untrained model learns in these steps (nats per token)", learns, learns.low > 0, "validity"),
             Control(

@@ -246,7 +246,7 @@ def test_the_chapters_block_has_to_keep_out_more_than_the_others(verdict_of):
 
 def test_a_model_that_relearns_faster_had_only_hidden_the_trait(verdict_of):
     def found(pps, without=0.3, untrained=0.3, hidden=0.5):
-        gains = {"PPS": pps, "PPS, normal data": without, "untrained": untrained, "IP": hidden}
+        gains = {"PPS": pps, "normal data, PPS": without, "untrained": untrained, "IP": hidden}
         before = {n: around(0.1, i, 0.02, (3, N)) for i, n in enumerate(gains)}
         after = {n: m + around(gains[n], 5, 0.02, (3, N)) for n, m in before.items()}
         return verdict_of(measured.relearning(before, after, seeds=SEEDS))
