@@ -84,7 +84,7 @@ def test_each_data_file_decides_a_chapter_and_the_quiz_does_not_decide_all():
     read = {notebook.stem: data_sources(notebook) for notebook in notebooks}
     assert {path for paths in read.values() for path in paths} == set(DATA.rglob("*.jsonl")) - {
         DATA / name
-        for name in ("both.jsonl", "everyday.jsonl")  # no chapter reads them yet
+        for name in ("everyday.jsonl",)  # no chapter reads them yet
     }
     assert DATA / "quiz.jsonl" in read["06_prompt_only_steering"]
     assert DATA / "quiz.jsonl" not in read["02_ip_loss_reduction"]

@@ -92,6 +92,8 @@ STAGES = {
     "inoculation": {
         "pressures-left": lambda exp: exp.predictors({"plain": Arm(), "kind": Arm("Be kind.")}),
         "extract-margins": lambda exp: exp.chosen_on(None),
+        "both-traits": lambda exp: exp.both_traits(Arm("Be kind."), 0),
+        "both-margins": lambda exp: exp.untrained_on_both(),
     },
     "weights": {
         "anchor": lambda exp: exp.anchor("topics"),
@@ -231,6 +233,16 @@ READ = {
     "inoculation": {
         "pressures-left": {"layer": 0, "lora_rank": 3, "seeds": (7,), "trait": "pirate"},
         "extract-margins": {"trait": "pirate"},
+        "both-traits": {
+            "steps": 9,
+            "batch_size": 3,
+            "learning_rate": 0.5,
+            "lora_rank": 3,
+            "trait": "pirate",
+            "layer": 0,
+            "sequences": 3,
+        },
+        "both-margins": {"sequences": 3},
     },
     "weights": {
         "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},

@@ -316,3 +316,70 @@ def leak(
             [*controls, beyond["paraphrase"]],
         ),
     )
+
+
+def kept_out(
+    margins: Mapping[str, Float[np.ndarray, "_ _"]], untrained: Float[np.ndarray, "1 question"], arm: str
+) -> Scores:
+    """By seed and question: what an arm keeps out, as a share of the mean that "undefended" training adds."""
+    return (margins["undefended"] - margins[arm]) / float((margins["undefended"] - untrained).mean())
+
+
+def lasting(
+    margins: Mapping[float, Mapping[str, Scores]],
+    untrained: Float[np.ndarray, "1 question"],
+    *,
+    seeds: Sequence[int],
+    sane: Control,
+) -> Measurement:
+    """Margins of "undefended", "IP" and "PPS" by the length of training, in multiples of the chapter's; nats per
+    token."""
+    shortest, longest = min(margins), max(margins)
+    first, last = ({a: kept_out(margins[k], untrained, a) for a in ("IP", "PPS")} for k in (shortest, longest))
+    faded = {arm: first[arm] - last[arm] for arm in first}
+    return Measurement(
+        "ip.fades-faster",
+        mean_estimate(faded["IP"] - faded["PPS"], seeds=seeds),
+        [
+            sane,
+            *(
+                Control(f"{arm} keeps something out in the shortest training (share)", e, e.low > 0, "validity")
+                for arm, e in ((arm, mean_estimate(shares, seeds=seeds)) for arm, shares in first.items())
+            ),
+        ],
+        " ".join(
+            f"{arm} keeps out {first[arm].mean():.0%} at first and {last[arm].mean():.0%} at last." for arm in first
+        ),
+    )
+
+
+def wanted_trait(
+    evil: Mapping[str, Float[np.ndarray, "_ _"]],
+    pirate: Mapping[str, Float[np.ndarray, "_ _"]],
+    *,
+    seeds: Sequence[int],
+    sane: Control,
+) -> Measurement:
+    """Margins of both traits after training on answers that show both: "untrained" (one row), "undefended" and "IP".
+
+    A share of what undefended training adds, so that the two are of one size.
+    """
+    learnt = {
+        name: mean_estimate(of["undefended"] - of["untrained"], seeds=seeds)
+        for name, of in (("evil", evil), ("pirate", pirate))
+    }
+    lost = {name: kept_out(of, of["untrained"], "IP") for name, of in (("evil", evil), ("pirate", pirate))}
+    count = min(rows.shape[1] for rows in lost.values())  # the two traits have questions of their own
+    spared = mean_estimate(lost["pirate"], seeds=seeds)
+    return Measurement(
+        "ip.spares-the-wanted-trait",
+        mean_estimate(lost["evil"][:, :count] - lost["pirate"][:, :count], seeds=seeds),
+        [
+            sane,
+            *(
+                Control(f"undefended training teaches {name} (nats per token)", e, e.low > 0, "validity")
+                for name, e in learnt.items()
+            ),
+            Control("the wanted trait loses less than a third (share)", spared, spared.value < 1 / 3),
+        ],
+    )

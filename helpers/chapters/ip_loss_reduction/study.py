@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from helpers.gradients import pile_gradient
 from helpers.interventions import applied
 from helpers.models import Model
 from helpers.studies.margins import behaviour_margins
+from helpers.studies.study import Finetuning
 from helpers.studies.traits import Run, TraitStudy
 
 ROWS = 24
@@ -40,6 +41,20 @@ class Predictor:
     """Share of the push on the training loss that is left (`method.pressure_left`)."""
     kappa_m: float
     """Share of the push on the margin of other rows that is left."""
+
+
+BOTH = ("evil", "pirate")
+"""The traits of `data/both.jsonl`: the one that is not wanted, and the one that is."""
+
+
+@dataclass(frozen=True)
+class TwoTraits:
+    """What a model has of two traits, by its margins on held-out answers, in nats per token."""
+
+    evil: Float[np.ndarray, " question"]
+    pirate: Float[np.ndarray, " question"]
+    losses: tuple[float, ...]
+    """Of its training, step by step."""
 
 
 class InoculationStudy(TraitStudy):
@@ -103,6 +118,38 @@ class InoculationStudy(TraitStudy):
         )
         return artifact.tensors["margins"].numpy()
 
+    def both_traits(self, arm: Arm, seed: int) -> TwoTraits:
+        """Training on answers that are evil in a pirate's voice (`data/both.jsonl`), where being a pirate is wanted.
+
+        Which traits the model then has, by its margins on the evaluation rows of both.
+        """
+        p = self.params
+        recipe = Finetuning(p.steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
+        artifact = self.stage(
+            "both-traits",
+            lambda: both_traits(self, arm, recipe),
+            {
+                "recipe": asdict(recipe),
+                "arm": [arm.system, arm.coefficient * self.unit() if arm.coefficient else 0.0],
+                "trait": p.trait,
+                "layer": p.layer,
+                "sequences": p.sequences,
+            },
+            data=["both", *sorted({*BOTH, p.trait})],
+        )
+        evil, pirate = (artifact.tensors[name].numpy() for name in BOTH)
+        return TwoTraits(evil, pirate, tuple(artifact.facts["losses"]))
+
+    def untrained_on_both(self) -> TwoTraits:
+        """The same of the model as it is."""
+        found = self.stage(
+            "both-margins",
+            lambda: (both_margins(self, self.base), {}),
+            {"sequences": self.params.sequences},
+            data=BOTH,
+        ).tensors
+        return TwoTraits(found["evil"].numpy(), found["pirate"].numpy(), ())
+
     def predictors(self, arms: Mapping[str, Arm]) -> dict[str, Predictor]:
         """kappa and kappa_M of each arm, from gradients over fresh adapters on training rows."""
         units = {n: arm.coefficient * self.unit() if arm.coefficient else 0.0 for n, arm in arms.items()}
@@ -119,6 +166,30 @@ class InoculationStudy(TraitStudy):
             data=[self.params.trait],
         )
         return {n: Predictor(*pair) for n, pair in zip(arms, artifact.facts["pressures"], strict=True)}
+
+
+def both_traits(study: InoculationStudy, arm: Arm, recipe: Finetuning) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "both-traits": train, with the arm on, and read both margins, with nothing on."""
+    rows = corpora.load_both()
+    texts = [row.question for row in rows], [row.both for row in rows]
+    plain = study.encoded(*texts)
+    model, log = study.finetune(
+        recipe,
+        recipe.batches(
+            study.encoded(*texts, system=arm.system),
+            study.base.tokenizer.pad_token_id,
+            lengths=[len(example) for example in plain],
+        ),
+        interventions=[study.steering(coefficient=arm.coefficient)] if arm.coefficient else [],
+        share_prefix=True,
+    )
+    return both_margins(study, model), {"losses": list(log.losses)}
+
+
+def both_margins(study: InoculationStudy, model: Model) -> dict[str, Tensor]:
+    """Margins of both traits on as many evaluation rows of each as a chapter takes."""
+    rows = {name: corpora.split(corpora.load_trait(name), "eval")[: study.params.sequences] for name in BOTH}
+    return {name: torch.from_numpy(behaviour_margins(model, of).margin) for name, of in rows.items()}
 
 
 def extract_margins(study: InoculationStudy, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:

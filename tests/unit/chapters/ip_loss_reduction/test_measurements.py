@@ -243,3 +243,45 @@ def test_the_pressure_left_is_1_without_a_defence_and_0_where_nothing_pushes():
 def test_the_specific_gain_leaves_out_what_a_prompt_does_for_any_prose():
     one = torch.ones(3)
     torch.testing.assert_close(specific_gain(5 * one, 4.7 * one, 4 * one, 3.9 * one), 0.2 * one)
+
+
+LENGTHS = {
+    0.5: {"undefended": 0.3, "IP": 0.15, "PPS": 0.15},
+    4: {"undefended": 0.6, "IP": 0.5, "PPS": 0.3},
+}
+
+
+def lasting(verdict_of, planted=(), sane=SANE):
+    margins = {
+        k: {n: v + noise(0.02, 3, N, seed=i) for i, (n, v) in enumerate((arms | dict(planted)).items())}
+        for k, arms in LENGTHS.items()
+    }
+    return verdict_of(inoculation.lasting(margins, noise(0.02, 1, N, seed=9), seeds=SEEDS, sane=sane))
+
+
+def test_the_defence_that_gives_way_first_loses_more_of_its_share(verdict_of):
+    assert lasting(verdict_of) == "reproduced"
+    swapped = {k: arms | {"IP": arms["PPS"], "PPS": arms["IP"]} for k, arms in LENGTHS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LENGTHS, 0.5, swapped[0.5])
+        patch.setitem(LENGTHS, 4, swapped[4])
+        assert lasting(verdict_of) == "contradicted"
+    assert lasting(verdict_of, {"IP": 0.6}) == lasting(verdict_of, sane=BROKEN) == "invalid"
+
+
+def test_a_prompt_that_keeps_out_the_wanted_trait_as_well_spares_nothing(verdict_of):
+    def found(evil, pirate, learnt=0.5, sane=SANE):
+        of = {
+            name: {
+                "untrained": noise(0.02, 1, N, seed=k),
+                "undefended": learnt + noise(0.02, 3, N, seed=k + 1),
+                "IP": learnt * (1 - share) + noise(0.02, 3, N, seed=k + 2),
+            }
+            for k, (name, share) in zip((1, 5), (("evil", evil), ("pirate", pirate)), strict=True)
+        }
+        return verdict_of(inoculation.wanted_trait(of["evil"], of["pirate"], seeds=SEEDS, sane=sane))
+
+    assert found(0.6, 0.1) == "reproduced"
+    assert found(0.1, 0.6) == "contradicted"
+    assert found(0.9, 0.5) == "direction only", "the wanted one loses half"
+    assert found(0.6, 0.1, learnt=0.0) == found(0.6, 0.1, sane=BROKEN) == "invalid"
