@@ -26,7 +26,7 @@ OVERVIEW = "overview.ipynb"
 RECORD = ".edition.json"
 """In an edition's folder: what was written, so that work done in it later is not overwritten."""
 
-PARTS = ("exercise", "question", "hint", "expected", "solution", "discussion")
+PARTS = ("exercise", "question", "hint", "expected", "solution", "yours", "discussion")
 HEADER = re.compile(
     r"### Exercise (?P<number>\d+): (?P<title>[^\n]+)\n\n"
     r"\*(?P<difficulty>easy|medium|hard), (?P<kind>code|interpretation), (?P<minutes>[1-9]\d*) minutes\*\n\n"
@@ -51,7 +51,7 @@ class Exercise:
     """code or interpretation"""
     minutes: int
     cells: Mapping[str, Sequence[NotebookNode]]
-    """By part: exercise, question, hint, expected, solution, discussion."""
+    """By part: exercise, question, hint, expected, solution, yours, discussion."""
 
 
 def part_of(cell: NotebookNode) -> str | None:
@@ -86,7 +86,8 @@ def _exercise(group: Sequence[tuple[str, NotebookNode]], number: int, name: str)
         )
     asks = ["question"] if header["kind"] == "interpretation" else []
     once = list(dict.fromkeys(part for part, _ in group))
-    wanted = ["exercise", *asks, "hint", "expected", "solution", "discussion"]
+    yours = ["yours"] if "yours" in once else []
+    wanted = ["exercise", *asks, "hint", "expected", "solution", *yours, "discussion"]
     order = [part for part, _ in group]
     if once != wanted or order != sorted(order, key=PARTS.index):
         raise EditionError(

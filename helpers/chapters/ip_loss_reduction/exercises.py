@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helpers.checking import BATCH, POSITIONS, VOCABULARY, compare, questions, random_response_mask
+from helpers.chat import collate
+from helpers.checking import BATCH, POSITIONS, VOCABULARY, call, compare, questions, random_response_mask
+from helpers.losses import token_losses
+from helpers.studies.traits import TraitStudy
 
 question = questions(__file__)
 
@@ -152,3 +156,36 @@ def check_difference_of_differences(
             "this is the mean over questions; the comparison is paired, so return one for each": want.mean(),
         },
     )
+
+
+def differences_on_the_model(
+    fn: Callable[
+        [Float[Tensor, "batch pos"], Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Float[Tensor, " batch"]
+    ],
+    study: TraitStudy,
+    prompt: str,
+) -> dict[str, Float[np.ndarray, " sequence"]]:
+    """The learner's paired difference on the real model: of each held-out trait answer, with a prompt minus without.
+
+    Beside "yours" stands "the book's"; empty, and a sentence printed, where `fn` gives no differences.
+    """
+    (with_prompt, mask), (without, _) = (_token_losses(study, system) for system in (prompt, None))
+    book = ((with_prompt - without) * mask).sum(1) / mask.sum(1)
+    found = call(lambda: fn(with_prompt.clone(), without.clone(), mask.clone()), book.shape)
+    if found is None or found.shape != book.shape:
+        return {}
+    return {"the book's": book.numpy(), "yours": found.detach().float().numpy()}
+
+
+@torch.no_grad()
+def _token_losses(
+    study: TraitStudy, system: str | None
+) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """The untrained model's loss at each token of the held-out trait answers, and which positions are tokens."""
+    batch = collate(study.examples(system=system), study.base.tokenizer.pad_token_id)
+    losses, rows = token_losses(study.base, batch)
+    counts = torch.bincount(rows.cpu())
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    padded = torch.zeros(mask.shape)
+    padded[mask] = losses.float().cpu()
+    return padded, mask

@@ -6,11 +6,13 @@ trait vector presses the trait up (amplifies), and a positive one presses it dow
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from helpers.chat import collate
 from helpers.checking import (
     BATCH,
     POSITIONS,
@@ -23,6 +25,11 @@ from helpers.checking import (
     say_not_yet,
     say_right,
 )
+from helpers.forward import read
+from helpers.gradients import Capture, loss_along
+from helpers.interventions import applied
+from helpers.studies.traits import TraitStudy
+from helpers.studies.turning import GRID
 
 question = questions(__file__)
 
@@ -242,3 +249,47 @@ def check_pressure(fn: Callable[[float], str]) -> None:
         say_not_yet("it is the other way round: descent moves the activation along minus the gradient.")
     else:
         say_not_yet(f'return "amplifies" or "attenuates"; for -0.2 and 0.2 you returned {answers}.')
+
+
+ANSWERS = 16
+"""Held-out answers on which a learner's vector is tried: enough to see a curve, and soon done."""
+
+
+def pressure_along(
+    fn: Callable[
+        [
+            Float[Tensor, "batch pos d_model"],
+            Bool[Tensor, "batch pos"],
+            Float[Tensor, "batch pos d_model"],
+            Bool[Tensor, "batch pos"],
+        ],
+        Float[Tensor, " d_model"],
+    ],
+    study: TraitStudy,
+) -> dict[str, Float[np.ndarray, "coefficient example"]]:
+    """The learner's persona vector on the real model: the slope of the loss along it, at each of `turning.GRID`.
+
+    `fn` gets the activations of the extraction split at the chapter's block. Beside "yours" stands "the book's";
+    empty, and a sentence printed, where `fn` gives no vector.
+    """
+    layer, book = study.params.layer, study.vector().at(study.params.layer)
+    trait, normal = (_activations(study, level) for level in ("strong", "normal"))
+    found = call(lambda: fn(*trait, *normal), book.shape)
+    if found is None or found.shape != book.shape:
+        return {}
+    examples = study.examples()[:ANSWERS]
+    return {
+        name: loss_along(study.base, examples, layer, vector.to(book), GRID)[1].numpy()
+        for name, vector in (("the book's", book), ("yours", found.detach()))
+    }
+
+
+@torch.no_grad()
+def _activations(study: TraitStudy, level: str) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]:
+    """At the chapter's block, while the extraction split's answers of a level are read; and where the answers are."""
+    model, rows, kept = study.base, study.rows["extract"], dict[int, Tensor]()
+    texts = [row.question for row in rows], [row.answer(level) for row in rows]
+    batch = collate(study.encoded(*texts), model.tokenizer.pad_token_id).to(model.device)
+    with applied(model, Capture([study.params.layer], kept)), model.reading(batch), model.autocast():
+        read(model, batch)
+    return kept[study.params.layer].float().cpu(), batch.response.cpu()
