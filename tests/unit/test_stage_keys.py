@@ -15,6 +15,7 @@ from helpers.chapters.fihs_filtering.study import FilteringStudy, Point
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 from helpers.chapters.ip_loss_reduction.study import Arm, InoculationStudy
 from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringParams
+from helpers.chapters.pps_gradient_reversal.study import PreventativeStudy
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
 from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
 from helpers.chapters.refusal_redistribution.params import RefusalParams
@@ -23,6 +24,7 @@ from helpers.chapters.refusal_redistribution.study import RefusalStudy
 from helpers.chapters.weight_diff_steering.method import WeightVector
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chapters.weight_diff_steering.study import WeightStudy
+from helpers.statistics import Estimate
 from helpers.studies import alignment, study
 from helpers.studies.alignment import Recipe, align, own_answers
 from helpers.studies.study import Study
@@ -63,10 +65,14 @@ def chapters(tmp_path_factory):
             unjudged.setattr(TraitStudy, "fit_judge", lambda self, split: None)
             training = TraitStudy(PreventativeSteeringParams(**GIVEN))
             inoculating = InoculationStudy(InoculationParams(**GIVEN))
+            preventing = PreventativeStudy(PreventativeSteeringParams(**GIVEN))
+            preventing._turns = dict.fromkeys((0, 1), Estimate(1.0, 0.9, 1.1, 9))
+            preventing._vectors = {name: PersonaVector(name, torch.ones(2, 32)) for name in ("evil", "pirate")}
             training._vectors["pirate"] = PersonaVector("pirate", torch.ones(2, 32))  # for stages that need one
         yield {
             "study": Study(PreventativeSteeringParams(**GIVEN)),
             "traits": training,
+            "preventing": preventing,
             "inoculation": inoculating,
             "weights": WeightStudy(WeightSteeringParams(**GIVEN)),
             "refusal": RefusalStudy(RefusalParams(start="as it is", **GIVEN)),
@@ -88,6 +94,11 @@ STAGES = {
         "loss-along": lambda exp: exp.along("pirate", exp.encoded(["Why?"], ["So."])),
         "reading": lambda exp: exp.read(),
         "evaluation": lambda exp: exp.evaluate(),
+    },
+    "preventing": {
+        "reversal": lambda exp: exp.reversal(),
+        "one-step": lambda exp: exp.one_step(name="undefended"),
+        "comparator": lambda exp: exp.compared("CAFT, zero", 0),
     },
     "inoculation": {
         "pressures-left": lambda exp: exp.predictors({"plain": Arm(), "kind": Arm("Be kind.")}),
@@ -132,6 +143,7 @@ PLACES = {
     "study": "studies/study.py",
     "traits": "studies/traits.py",
     "alignment": "studies/alignment.py",
+    "preventing": "chapters/pps_gradient_reversal/study.py",
     "inoculation": "chapters/ip_loss_reduction/study.py",
     "weights": "chapters/weight_diff_steering/study.py",
     "refusal": "chapters/refusal_redistribution/study.py",
@@ -229,6 +241,19 @@ READ = {
         "loss-along": {"layer": 0},
         "reading": {"layer": 0, "sequences": 3, "trait": "pirate"},
         "evaluation": {"sequences": 3, "max_new_tokens": 5, "trait": "pirate"},
+    },
+    "preventing": {
+        "reversal": {"layer": 0, "coefficient": 0.7, "trait": "pirate"},
+        "one-step": {"layer": 0, "coefficient": 0.7, "sequences": 3, "trait": "pirate"},
+        "comparator": {
+            "steps": 9,
+            "batch_size": 3,
+            "learning_rate": 0.5,
+            "lora_rank": 3,
+            "trait": "pirate",
+            "layer": 0,
+            "sequences": 3,
+        },
     },
     "inoculation": {
         "pressures-left": {"layer": 0, "lora_rank": 3, "seeds": (7,), "trait": "pirate"},

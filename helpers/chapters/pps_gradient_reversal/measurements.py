@@ -91,6 +91,30 @@ def reversal_of_means(pps: Cosines, random: Float[np.ndarray, "vector sequence"]
     )
 
 
+def reversal_elsewhere(found: Mapping[str, Mapping[str, Float[np.ndarray, " answer"]]]) -> Measurement:
+    """By trait: mean cosines "undefended", under "PPS" with the trait's own vector, and with a "random" one."""
+
+    def positive(arm: str, names: Sequence[str] = tuple(found)) -> Estimate:
+        rows = np.concatenate([found[name][arm] for name in names])
+        return share((rows > 0).sum(), rows.size)
+
+    without, by_chance = positive("undefended"), positive("random")
+    return Measurement(
+        "pps.reversal-on-other-traits",
+        positive("PPS"),
+        [
+            Control("undefended it is positive on few (share of sequences)", without, without.high < 0.5),
+            Control(
+                "a random vector of equal norm does not reverse (share of sequences)", by_chance, by_chance.high < 0.5
+            ),
+            *(
+                Control(f"on {name} answers alone (share of sequences)", e, e.low > 0.5)
+                for name, e in ((name, positive("PPS", [name])) for name in found)
+            ),
+        ],
+    )
+
+
 def first_share(rows: Float[np.ndarray, "row d_model"]) -> float:
     """Second-moment share of the first principal component, without centring."""
     squares = np.linalg.svd(rows, compute_uv=False) ** 2
@@ -209,6 +233,58 @@ def data(margins: Mapping[str, Mapping[str, Outcomes]], *, seeds: Sequence[int],
             Control("PPS lowers the margin on trait data (nats per token)", protects, protects.low > 0, "validity"),
         ],
         f"On normal answers PPS takes {without:.2f} off the margin, on trait answers {protects:.2f}.",
+    )
+
+
+def trained_elsewhere(kept_out: Mapping[str, Float[np.ndarray, "seed _"]], *, seeds: Sequence[int]) -> Measurement:
+    """By trait, under its own vector: the share of what undefended training adds to the margin that is kept out."""
+    each = {name: mean_estimate(rows, seeds=seeds) for name, rows in kept_out.items()}
+    return Measurement(
+        "pps.keeps-out-other-traits",
+        mean_estimate(np.concatenate(list(kept_out.values()), axis=1), seeds=seeds),
+        [Control(f"of {name} alone (share)", e, e.low > 0) for name, e in each.items()],
+    )
+
+
+def step(moved: Mapping[str, Float[np.ndarray, " question"]]) -> Measurement:
+    """How far one step of descent moves the stream along the vector at the steered block: "undefended", under "PPS",
+    and under a "random" vector, in thousandths of the persona vector's length."""
+    up, by_chance = mean_estimate(moved["undefended"]), mean_estimate(moved["random"])
+    unit = "thousandths of the vector's length"
+    return Measurement(
+        "pps.step-moves-down",
+        mean_estimate(moved["PPS"]),
+        [
+            Control(f"undefended, the step moves it up ({unit})", up, up.low > 0),
+            Control(f"under a random vector, the step moves it up as well ({unit})", by_chance, by_chance.low > 0),
+        ],
+    )
+
+
+def other_defences(
+    margins: Mapping[str, Outcomes],
+    untrained: Float[np.ndarray, "1 question"],
+    *,
+    seeds: Sequence[int],
+    sane: Control,
+) -> tuple[Measurement, Measurement]:
+    """Margins after training "undefended", and under "PPS", "IP", "PPS + IP" and "CAFT, mean"."""
+    learnt = mean_estimate(margins["undefended"] - untrained, seeds=seeds)
+    taught = Control("undefended training raises the margin (nats per token)", learnt, learnt.low > LEARNT, "validity")
+    to_ip = mean_estimate(margins["IP"] - margins["PPS + IP"], seeds=seeds)
+    caft = mean_estimate(margins["undefended"] - margins["CAFT, mean"], seeds=seeds)
+    return (
+        Measurement(
+            "pps.beats-concept-ablation",
+            mean_estimate(margins["CAFT, mean"] - margins["PPS"], seeds=seeds),
+            [sane, taught],
+            f"Concept ablation takes {caft:.2f} off the margin of undefended training.",
+        ),
+        Measurement(
+            "pps.adds-to-inoculation",
+            mean_estimate(margins["PPS"] - margins["PPS + IP"], seeds=seeds),
+            [sane, taught, Control("PPS adds to IP as well (nats per token)", to_ip, to_ip.low > 0)],
+        ),
     )
 
 

@@ -290,6 +290,59 @@ def test_data_that_differ_are_not_vectors_that_predict(verdict_of):
     assert verdict_of(apart) == "direction only"
 
 
+def elsewhere(undefended=-0.1, pps=0.2, random=-0.1, one=None):
+    found = {
+        name: {"undefended": around(undefended, k), "PPS": around(pps, k + 1), "random": around(random, k + 2)}
+        for k, name in enumerate(("pirate", "impolite"))
+    }
+    if one is not None:
+        found["pirate"]["PPS"] = around(one, 7)
+    return measured.reversal_elsewhere(found)
+
+
+def test_the_reversal_has_to_hold_on_every_other_trait(verdict_of):
+    assert verdict_of(elsewhere()) == "reproduced"
+    assert verdict_of(elsewhere(pps=-0.2)) == "contradicted"
+    assert verdict_of(elsewhere(random=0.2)) == verdict_of(elsewhere(undefended=0.2)) == "direction only"
+    assert verdict_of(elsewhere(one=-0.2)) != "reproduced"
+
+
+def test_other_traits_have_to_be_kept_out_each(verdict_of):
+    def found(pirate, impolite):
+        kept = {"pirate": around(pirate, 1, 0.1, (3, N)), "impolite": around(impolite, 2, 0.1, (3, 20))}
+        return verdict_of(measured.trained_elsewhere(kept, seeds=SEEDS))
+
+    assert found(0.8, 0.9) == "reproduced"
+    assert found(-0.8, -0.9) == "contradicted"
+    assert found(1.5, 0.0) == found(0.3, 0.3) == "direction only"
+
+
+def test_a_step_has_to_move_down_under_pps_alone(verdict_of):
+    def found(undefended=2.0, pps=-2.0, random=1.0):
+        moved = {
+            n: around(v, i, 0.5)
+            for i, (n, v) in enumerate((("undefended", undefended), ("PPS", pps), ("random", random)))
+        }
+        return verdict_of(measured.step(moved))
+
+    assert found() == "reproduced"
+    assert found(pps=2.0) == "contradicted"
+    assert found(undefended=-2.0) == found(random=-2.0) == "direction only"
+
+
+def test_pps_is_held_against_concept_ablation_and_against_ip(verdict_of):
+    def found(sane=SANE, **planted):
+        arms = {"undefended": 0.6, "PPS": 0.1, "IP": 0.4, "PPS + IP": 0.0, "CAFT, mean": 0.5} | planted
+        margins = {n: around(v, i, 0.02, (3, N)) for i, (n, v) in enumerate(arms.items())}
+        both = measured.other_defences(margins, around(0.0, 9, 0.02, (1, N)), seeds=SEEDS, sane=sane)
+        return [verdict_of(m) for m in both]
+
+    assert found() == ["reproduced", "reproduced"]
+    assert found(**{"CAFT, mean": 0.0, "PPS + IP": 0.3}) == ["contradicted", "contradicted"]
+    assert found(IP=-0.1) == ["reproduced", "direction only"]
+    assert found(undefended=0.1) == found(sane=BROKEN) == ["invalid", "invalid"]
+
+
 SCALES = pytest.mark.parametrize(
     ("scale", "unit"), [(measured.SCORE, 1.0), (measured.MARGIN, 0.01)], ids=["score", "margin"]
 )
