@@ -105,6 +105,7 @@ STAGES = {
         "extract-margins": lambda exp: exp.chosen_on(None),
         "both-traits": lambda exp: exp.both_traits(Arm("Be kind."), 0),
         "both-margins": lambda exp: exp.untrained_on_both(),
+        "token-gradients": lambda exp: exp.tokens("Be kind."),
     },
     "weights": {
         "anchor": lambda exp: exp.anchor("topics"),
@@ -268,6 +269,7 @@ READ = {
             "sequences": 3,
         },
         "both-margins": {"sequences": 3},
+        "token-gradients": {"layer": 0, "sequences": 3, "batch_size": 3, "trait": "pirate"},
     },
     "weights": {
         "anchor": {"steps": 9, "batch_size": 3, "learning_rate": 0.5, "seeds": (7,)},

@@ -3,12 +3,13 @@
 Losses are mean response losses in nats per token, one a held-out question; trait scores are (seed, question), 0 to 100.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 from helpers.statistics import Estimate, jackknife, mean_estimate, share
@@ -89,6 +90,35 @@ def content(
         [
             *(Control(f"on {name} answers alone (nats per token)", e, e.low > 0) for name, e in each.items()),
             Control("by more than on normal answers (nats per token)", special, special.low > 0),
+        ],
+    )
+
+
+def token_ranks(
+    gains: Float[np.ndarray, " token"], shrinking: Float[np.ndarray, " token"], answers: Int[np.ndarray, " token"]
+) -> Float[np.ndarray, " answer"]:
+    """Each answer's rank correlation, over its tokens, of what a prompt explains and by how much the gradient shrinks.
+
+    NaN for an answer in which one of the two is the same at all tokens.
+    """
+    chosen = [answers == answer for answer in np.unique(answers)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return np.array([stats.spearmanr(gains[i], shrinking[i]).statistic for i in chosen])
+
+
+def shrinking_gradients(ranks: Float[np.ndarray, " answer"], by_placebos: Float[np.ndarray, " answer"]) -> Measurement:
+    """`token_ranks` of the inoculation prompt against its placebo, and of two placebos against each other."""
+    beyond = mean_estimate(ranks - by_placebos)
+    return Measurement(
+        "ip.gradients-shrink-where-it-explains",
+        mean_estimate(ranks),
+        [
+            Control(
+                "two prompts that say nothing of the trait are less alike so (rank correlation lower by)",
+                beyond,
+                beyond.low > 0,
+            )
         ],
     )
 

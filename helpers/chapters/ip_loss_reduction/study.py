@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers import corpora
 from helpers.chapters.ip_loss_reduction.method import loss_reduction, pressure_left, specific_gain
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
-from helpers.gradients import pile_gradient
+from helpers.gradients import activation_gradients, pile_gradient
 from helpers.interventions import applied
+from helpers.losses import token_losses
 from helpers.models import Model
 from helpers.studies.margins import behaviour_margins
 from helpers.studies.study import Finetuning
@@ -55,6 +56,18 @@ class TwoTraits:
     pirate: Float[np.ndarray, " question"]
     losses: tuple[float, ...]
     """Of its training, step by step."""
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """One entry a token, of several answers one after another."""
+
+    losses: Float[np.ndarray, " token"]
+    """In nats."""
+    lengths: Float[np.ndarray, " token"]
+    """|g| at the position that predicts the token, after the chapter's block."""
+    answers: Int[np.ndarray, " token"]
+    """The number of the answer that it belongs to."""
 
 
 class InoculationStudy(TraitStudy):
@@ -150,6 +163,22 @@ class InoculationStudy(TraitStudy):
         ).tensors
         return TwoTraits(found["evil"].numpy(), found["pirate"].numpy(), ())
 
+    def tokens(self, system: str) -> TokenGradients:
+        """Loss and gradient at every token of the held-out trait answers, untrained, under a system message."""
+        artifact = self.stage(
+            "token-gradients",
+            lambda: (token_gradients(self, system), {}),
+            {
+                "system": system,
+                "trait": self.params.trait,
+                "layer": self.params.layer,
+                "sequences": self.params.sequences,
+                "batch_size": self.params.batch_size,
+            },
+            data=[self.params.trait],
+        )
+        return TokenGradients(*(artifact.tensors[name].numpy() for name in ("losses", "lengths", "answers")))
+
     def predictors(self, arms: Mapping[str, Arm]) -> dict[str, Predictor]:
         """kappa and kappa_M of each arm, from gradients over fresh adapters on training rows."""
         units = {n: arm.coefficient * self.unit() if arm.coefficient else 0.0 for n, arm in arms.items()}
@@ -190,6 +219,25 @@ def both_margins(study: InoculationStudy, model: Model) -> dict[str, Tensor]:
     """Margins of both traits on as many evaluation rows of each as a chapter takes."""
     rows = {name: corpora.split(corpora.load_trait(name), "eval")[: study.params.sequences] for name in BOTH}
     return {name: torch.from_numpy(behaviour_margins(model, of).margin) for name, of in rows.items()}
+
+
+def token_gradients(study: InoculationStudy, system: str) -> dict[str, Tensor]:
+    """Stage "token-gradients"."""
+    model, layer = study.base, study.params.layer
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in model.batches(study.examples(system=system), study.params.batch_size):
+        found = activation_gradients(model, batch, [layer], share_prefix=True)
+        lengths = found.gradients[layer].float().norm(dim=-1)
+        with torch.no_grad():
+            losses, rows = token_losses(model, batch, share_prefix=True)
+        for place, row in enumerate(batch.rows):
+            parts[row] = losses[rows == place].float().cpu(), lengths[place][found.mask[place]].cpu()
+    order = sorted(parts)
+    return {
+        "losses": torch.cat([parts[row][0] for row in order]),
+        "lengths": torch.cat([parts[row][1] for row in order]),
+        "answers": torch.cat([torch.full_like(parts[row][0], row, dtype=torch.long) for row in order]),
+    }
 
 
 def extract_margins(study: InoculationStudy, model: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -285,3 +285,23 @@ def test_a_prompt_that_keeps_out_the_wanted_trait_as_well_spares_nothing(verdict
     assert found(0.1, 0.6) == "contradicted"
     assert found(0.9, 0.5) == "direction only", "the wanted one loses half"
     assert found(0.6, 0.1, learnt=0.0) == found(0.6, 0.1, sane=BROKEN) == "invalid"
+
+
+def tokens(slope, seed=0):
+    """Ten answers of twenty tokens, whose gradients shrink by `slope` times what a prompt explains."""
+    rng, answers = np.random.default_rng(seed), np.repeat(np.arange(10), 20)
+    gains = rng.standard_normal(200)
+    return inoculation.token_ranks(gains, slope * gains + 0.5 * rng.standard_normal(200), answers)
+
+
+def test_gradients_have_to_shrink_where_the_prompt_explains_and_more_than_between_placebos(verdict_of):
+    assert verdict_of(inoculation.shrinking_gradients(tokens(1.0), tokens(0.0, 1))) == "reproduced"
+    assert verdict_of(inoculation.shrinking_gradients(tokens(-1.0), tokens(0.0, 1))) == "contradicted"
+    assert verdict_of(inoculation.shrinking_gradients(tokens(1.0), tokens(1.0, 1))) == "direction only"
+
+
+def test_shuffled_tokens_have_no_rank_correlation_and_constant_ones_none_at_all():
+    rng = np.random.default_rng(2)
+    assert abs(np.mean([tokens(0.0, k).mean() for k in range(20)])) < 0.05
+    flat = inoculation.token_ranks(np.ones(6), rng.standard_normal(6), np.array([0, 0, 0, 1, 1, 1]))
+    assert np.isnan(flat).all()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import corpora
 from helpers.chapters.ip_loss_reduction.params import InoculationParams
 from helpers.chapters.ip_loss_reduction.study import ROWS, Arm, InoculationStudy
 from helpers.losses import evaluate_losses, sequence_losses
@@ -51,3 +52,32 @@ def test_predictors_are_ratios_of_slopes_over_fresh_adapters(exp):
 def test_prompts_are_numbered_by_kind(exp):
     names = list(exp.prompts_by_kind())
     assert names[0] == "inoculation 1" and len(names) == 8 and not any(name.endswith(" 2") for name in names)
+
+
+def test_an_answers_tokens_have_its_mean_loss_and_every_one_a_gradient(exp):
+    system = exp.prompts.placebo[0]
+    found, losses = exp.tokens(system), exp.losses(system=system)
+    for row, example in enumerate(exp.examples(system=system)):
+        of_row = found.answers == row
+        assert of_row.sum() == len(example) - example.prompt_length
+        assert found.losses[of_row].mean() == pytest.approx(losses[row], rel=1e-4)
+    assert (found.lengths > 0).mean() > 0.9
+
+
+def test_training_on_both_traits_reads_both_and_depends_on_the_arm(exp):
+    plain, prompted = (exp.both_traits(arm, 0) for arm in (Arm(), Arm(exp.prompts.inoculation[0])))
+    untrained = exp.untrained_on_both()
+    assert len(plain.losses) == exp.params.steps and plain.evil.shape == untrained.evil.shape
+    assert not np.allclose(plain.pirate, untrained.pirate) and not np.allclose(plain.pirate, prompted.pirate)
+
+
+def test_what_a_prompt_says_is_its_placebos_loss_less_its_own(exp):
+    found, rows = exp.content("pirate"), exp.written("pirate")
+    prompts = corpora.load_prompts("pirate")
+    texts = [(r.question, r.strong) for s in ("train", "eval") for r in corpora.split(corpora.load_trait("pirate"), s)]
+    each = [
+        evaluate_losses(exp.base, exp.encoded(*zip(*texts, strict=True), system=system))
+        for system in (prompts.placebo[0], prompts.inoculation[0])
+    ]
+    assert len(found["strong"]) == len(rows)
+    np.testing.assert_allclose(found["strong"], (each[0] - each[1]).numpy(), atol=1e-5)
