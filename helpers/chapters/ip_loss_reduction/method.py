@@ -7,7 +7,7 @@ every training example each time it is visited.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -51,3 +51,22 @@ def pressure_left(defended: Gradient, plain: Gradient, along: Gradient) -> float
         return float(sum(parts))
 
     return product(defended, along) / product(plain, along)
+
+
+def equal_dose(wanted: float, doses: Sequence[float], protection: Sequence[float]) -> float:
+    """The least dose that protects as much as is wanted, by lines between the doses that were tried, from 0 on.
+
+    The largest dose where none protects so much, and 0 where nothing is wanted.
+
+    Args:
+        wanted: protection, in nats per token.
+        doses: rising, all above 0.
+        protection: of each dose, in nats per token; dose 0 protects by 0.
+    """
+    a, p = [0.0, *doses], [0.0, *protection]
+    for i in range(len(doses)):
+        if p[i] >= wanted:
+            return a[i]
+        if p[i + 1] >= wanted:
+            return a[i] + (wanted - p[i]) / (p[i + 1] - p[i]) * (a[i + 1] - a[i])
+    return a[-1]

@@ -6,7 +6,7 @@ import torch
 
 from helpers.book.findings import load_claims
 from helpers.chapters.ip_loss_reduction import measurements as inoculation
-from helpers.chapters.ip_loss_reduction.method import pressure_left, specific_gain
+from helpers.chapters.ip_loss_reduction.method import equal_dose, pressure_left, specific_gain
 from helpers.verdicts import Control
 
 N, SEEDS = 32, (0, 1, 2)
@@ -305,3 +305,14 @@ def test_shuffled_tokens_have_no_rank_correlation_and_constant_ones_none_at_all(
     assert abs(np.mean([tokens(0.0, k).mean() for k in range(20)])) < 0.05
     flat = inoculation.token_ranks(np.ones(6), rng.standard_normal(6), np.array([0, 0, 0, 1, 1, 1]))
     assert np.isnan(flat).all()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dose"), [(0.0, 0.0), (-0.1, 0.0), (0.05, 0.25), (0.1, 0.5), (0.15, 0.75), (0.2, 1.0), (0.9, 2.0)]
+)
+def test_an_equal_dose_is_read_off_between_the_doses_that_were_tried(wanted, dose):
+    assert equal_dose(wanted, [0.5, 1.0, 2.0], [0.1, 0.2, 0.3]) == pytest.approx(dose)
+
+
+def test_the_least_dose_counts_where_protection_does_not_rise():
+    assert equal_dose(0.15, [0.5, 1.0, 2.0], [0.3, 0.1, 0.4]) == pytest.approx(0.25)
