@@ -131,6 +131,16 @@ class Optimisation:
     """Price of a nat of divergence after harmless prompts, in log-odds."""
 
 
+def objective(
+    log_odds: Float[Tensor, " harmful"],
+    kl: Float[Tensor, " harmless"],
+    target: float,
+    kl_weight: float,
+) -> Float[Tensor, ""]:
+    """mean relu(log-odds - target) + weight * mean KL."""
+    return (log_odds - target).relu().mean() + kl_weight * kl.mean()
+
+
 def optimised_direction(
     model: Model,
     start: Float[Tensor, " d_model"],
@@ -141,8 +151,8 @@ def optimised_direction(
     centre: SiteMeans | None = None,
     how: Optimisation = Optimisation(),
 ) -> Float[Tensor, "1 d_model"]:
-    """Move a direction downhill on mean relu(log-odds of harmful prompts - target) + weight * KL after harmless ones,
-    both with it ablated, to zero or towards `centre`. Raises `ValueError` if there are no prompts of a kind."""
+    """Move a direction downhill on the `objective`, of log-odds of harmful prompts and KL after harmless ones, both
+    with it ablated, to zero or towards `centre`. Raises `ValueError` if there are no prompts of a kind."""
     before = PromptSet.of(model, harmless).last_logits(model)
     moved = torch.nn.Parameter(unit(start.float()).to(model.device))
     optimizer = torch.optim.Adam([moved], lr=how.learning_rate)
@@ -152,7 +162,7 @@ def optimised_direction(
         logits = _last_logits(model, prompts, AblateAffine(unit(moved)[None], centre))
         refused = refusal_log_odds(logits[: how.prompts], refusal_ids)
         kl = kl_divergence(before[turns[1]], logits[how.prompts :])
-        loss = (refused - how.target).relu().mean().to(kl) + how.kl_weight * kl.mean()
+        loss = objective(refused, kl.to(refused), how.target, how.kl_weight)
         (moved.grad,) = torch.autograd.grad(loss, moved)  # of the direction alone: a model may be trainable
         optimizer.step()
     return unit(moved.detach().cpu())[None]

@@ -47,7 +47,9 @@ class DamageCurve:
 
 
 def damage_at(
-    log_odds: Float[np.ndarray, scale * draw], kl: Float[np.ndarray, scale * draw], level: float
+    log_odds: Float[np.ndarray, " scale *draw"],
+    kl: Float[np.ndarray, " scale *draw"],
+    level: float,
 ) -> Float[np.ndarray, "*draw"]:
     """The least KL at which log-odds are at most `level`, in nats, read off a curve by linear interpolation between
     neighbouring scales; infinite where they never fall so far.
@@ -55,7 +57,8 @@ def damage_at(
     Raises `ValueError` for a curve without points, or of unequal lengths.
     """
     if len(log_odds) != len(kl) or not len(kl):
-        raise ValueError(f"A curve needs a KL for each log-odds, and has {len(kl)} for {len(log_odds)}.")
+        counts = f"{len(kl)} for {len(log_odds)}"
+        raise ValueError(f"A curve needs a KL for each log-odds, and has {counts}.")
     costs = np.where(log_odds <= level, kl, inf).min(0)
     for s0, s1, k0, k1 in zip(log_odds, log_odds[1:], kl, kl[1:], strict=False):
         crosses = (s0 - level) * (s1 - level) < 0

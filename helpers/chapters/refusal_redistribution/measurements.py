@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from helpers.chapters.refusal_redistribution.attack import SUPPRESSED, Coherence
-from helpers.chapters.refusal_redistribution.damage import DamageCurve, damage_at
+from helpers.chapters.refusal_redistribution.damage import Damage, DamageCurve, damage_at
 from helpers.statistics import (
     ROUNDING,
     Estimate,
@@ -557,3 +558,70 @@ def _over_runs(
     means[0] = value = float(by_seed[:, 0].mean())
     low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(min(low, value)), float(max(high, value)), n, level, tuple(seeds))
+
+
+# Tables
+
+
+def damage_table(damages: Mapping[str, Sequence[Damage]], *, seed: int, resamples: int) -> list[dict[str, Any]]:
+    """By condition (with a run for each seed), attacker and rule: what suppression costs at log-odds of 0 and of -1,
+    with intervals, where the first run's direction was read, and the share of answers that still refuse (NaN where none
+    were asked for)."""
+    rows: list[dict[str, Any]] = []
+    for condition, runs in damages.items():
+        for attack in runs[0].attacks:
+            same = [run.by(attack.attacker, attack.rule) for run in runs]
+            row: dict[str, Any] = {"condition": condition, "attacker": attack.attacker, "rule": attack.rule}
+            row |= {"block": attack.layer, "position": attack.position, "fallback": attack.fallback}
+            for level in (0.0, -1.0):
+                found = damage([one.curve for one in same], level, seed=seed, resamples=resamples)
+                row |= {f"at {level:g}": found.value, f"low {level:g}": found.low, f"high {level:g}": found.high}
+            answered = [one.refused.mean() for one in same if one.answers]
+            rows.append({**row, "refused": float(np.mean(answered)) if answered else float("nan")})
+    return rows
+
+
+def curve_table(damages: Mapping[str, Sequence[Damage]], rule: str = "-1") -> list[dict[str, Any]]:
+    """By condition, attacker and scale of ablation, with candidates taken by one rule: mean log-odds of refusing
+    harmful requests and mean KL after harmless ones, over requests and runs."""
+    rows = []
+    for condition, runs in damages.items():
+        for attacker in runs[0].attackers:
+            curves = [run.by(attacker, rule).curve for run in runs]
+            log_odds, kl = (np.mean([getattr(c, name).mean(1) for c in curves], 0) for name in ("log_odds", "kl"))
+            rows += [
+                {"condition": condition, "attacker": attacker, "scale": s, "log_odds": o, "kl": k}
+                for s, o, k in zip(curves[0].scales, log_odds, kl, strict=True)
+            ]
+    return rows
+
+
+def gap_table(
+    states: Mapping[str, Float[np.ndarray, "row layer position d_model"]],
+    labels: Bool[np.ndarray, " row"],
+    layers: Sequence[int],
+    positions: Sequence[int],
+) -> list[dict[str, Any]]:
+    """By condition, block and position (those named; states have them in this order): the squared gap of means and the
+    gap of covariances of held-out requests, with the share of the first condition's that is left, and its interval."""
+    rows: list[dict[str, Any]] = []
+    first = next(iter(states))
+    for condition, found in states.items():
+        for (i, layer), (j, position) in product(enumerate(layers), enumerate(positions)):
+            x, before = found[:, i, j], states[first][:, i, j]
+            row = {"condition": condition, "block": layer, "position": position}
+            for what, gap, left in (
+                ("means", squared_gap, gap_left(x, before, labels)),
+                ("covariances", covariance_gap, covariance_left(before, x, labels)),
+            ):
+                rows.append(
+                    {
+                        **row,
+                        "gap": what,
+                        "value": gap(x, labels),
+                        "left": left.value,
+                        "low": left.low,
+                        "high": left.high,
+                    }
+                )
+    return rows

@@ -70,7 +70,8 @@ def mean_loss(
 
 
 def mean_gap(
-    z_1: Float[Tensor, "layer harmful d_model"], z_0: Float[Tensor, "layer harmless d_model"]
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
 ) -> Float[Tensor, " layer"]:
     """<g_a, g_b> / d_model, where g = mu_1 - mu_0 of one half of the batch and of the other.
 
@@ -118,11 +119,13 @@ def covariance_loss(
         gram = a @ a.mT  # (layer, batch, batch)
         return torch.einsum("lij,i,j->l", gram.square(), s, s) / d**2
     difference = (a * s[:, None]).mT @ a  # S_1 - S_0: (layer, d_model, d_model)
-    return difference.abs().mean((1, 2)) if norm == "L1" else difference.square().mean((1, 2))
+    each = difference.abs() if norm == "L1" else difference.square()
+    return each.mean((1, 2))
 
 
 def covariance_gap(
-    z_1: Float[Tensor, "layer harmful d_model"], z_0: Float[Tensor, "layer harmless d_model"]
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
 ) -> Float[Tensor, " layer"]:
     """<D_a, D_b>_F / d_model^2, where D = S_1 - S_0 of one half of the batch and of the other.
 
@@ -134,7 +137,8 @@ def covariance_gap(
 
 
 def stacked(
-    z_1: Float[Tensor, "layer harmful d_model"], z_0: Float[Tensor, "layer harmless d_model"]
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
 ) -> tuple[Float[Tensor, "layer batch d_model"], Float[Tensor, " batch"]]:
     """A, the centred rows of both classes, each divided by sqrt(n_c - 1), so that S_c = A_c^T A_c; and s, the signs."""
     rows = [(z - z.mean(1, keepdim=True)) / (z.shape[1] - 1) ** 0.5 for z in (z_1, z_0)]
@@ -289,7 +293,11 @@ class Redistribution:
             raise ValueError(f"The temperature is {self.temperature:g}; it must be positive.")
 
     def terms(
-        self, z: Float[Tensor, "layer batch d_model"], harmful: Bool[Tensor, " batch"], *, unbiased: bool = False
+        self,
+        z: Float[Tensor, "layer batch d_model"],
+        harmful: Bool[Tensor, " batch"],
+        *,
+        unbiased: bool = False,
     ) -> Float[Tensor, "term layer"]:
         """What is matched, for every layer: means, covariances, or both."""
         losses: list[Any] = {
@@ -298,7 +306,8 @@ class Redistribution:
             "covariance": [covariance_matching],
             "mean and covariance": [mean_matching, covariance_matching],
         }[self.match]
-        how: dict[str, Any] = {"norm": self.norm, "unbiased": unbiased, "as_published": self.as_published}
+        how: dict[str, Any] = {"norm": self.norm, "unbiased": unbiased}
+        how["as_published"] = self.as_published
         size = self.micro_batch or (2 if self.as_published else len(harmful))
         parts = zip(z.split(size, dim=1), harmful.split(size), strict=True)
         found = [[loss(part, who, **how) for loss in losses] for part, who in parts]

@@ -5,8 +5,10 @@ import pytest
 
 from helpers.chapters.refusal_redistribution import measurements as measured
 from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
-from helpers.chapters.refusal_redistribution.damage import SCALES, DamageCurve
+from helpers.chapters.refusal_redistribution.damage import SCALES, Damage, DamageCurve
+from helpers.chapters.refusal_redistribution.damage import Attacked as Attack
 from helpers.chapters.refusal_redistribution.measurements import Attacked
+from helpers.chat import Answer
 from helpers.statistics import Estimate
 from helpers.verdicts import Control
 
@@ -405,3 +407,45 @@ def test_equal_means_are_readable_only_where_there_was_something_to_read_and_the
     verdict_of, changed, verdict
 ):
     assert verdict_of(equal_means(**changed)) == verdict
+
+
+# Tables
+
+
+def attacks_of(*costs, refuse=0.25):
+    said = tuple(map(Answer, ["I can't help with that."] * round(4 * refuse) + ["Tea."] * (4 - round(4 * refuse))))
+    names = [("means, zero", "source", ()), ("means, zero", "-1", said), ("LEACE", "fitted", said)]
+    return Damage(
+        tuple(
+            Attack(name, rule, 7, -1, False, curve(cost), answers)
+            for (name, rule, answers), cost in zip(names, costs, strict=True)
+        )
+    )
+
+
+def test_the_table_of_damage_has_a_row_for_each_rule_and_the_curves_those_of_one_rule():
+    damages = {"start": [attacks_of(0.3, 0.1, 0.2)], "Cov+KD": [attacks_of(0.4, 0.2, 0.3), attacks_of(0.4, 0.2, 0.3)]}
+    rows = measured.damage_table(damages, **DRAWS)
+    assert [(row["condition"], row["rule"]) for row in rows[:4]] == [
+        ("start", "source"),
+        ("start", "-1"),
+        ("start", "fitted"),
+        ("Cov+KD", "source"),
+    ]
+    assert rows[1]["at -1"] == pytest.approx(0.1, rel=0.05) and rows[1]["at 0"] < rows[1]["at -1"]
+    assert rows[1]["low -1"] < rows[1]["at -1"] < rows[1]["high -1"]
+    assert np.isnan(rows[0]["refused"]) and rows[1]["refused"] == 0.25
+    drawn = measured.curve_table(damages)
+    assert len(drawn) == 2 * 2 * len(SCALES)
+    assert drawn[4]["kl"] == pytest.approx(curve(0.1).kl[4].mean()) and drawn[4]["scale"] == 1.0
+
+
+def test_the_table_of_gaps_says_what_is_left_of_the_first_conditions():
+    def states(spread, seed):
+        return np.stack([clouds(spread, seed), clouds(spread, seed + 1)], 1)[:, :, None]
+
+    rows = measured.gap_table({"start": states(9.0, 0), "Cov+KD": states(1.0, 9)}, CLASSES, (3, 6), (-1,))
+    assert len(rows) == 2 * 2 * 2
+    assert {row["left"] for row in rows if row["condition"] == "start"} == {1.0}
+    left = [row["left"] for row in rows if row["condition"] == "Cov+KD" and row["gap"] == "covariances"]
+    assert max(left) < 0.5
