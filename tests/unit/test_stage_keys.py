@@ -262,7 +262,7 @@ READ = {
         "refusal-attack": {"k_max": 9, "prompts": 3, "keep": (3, 2), "scored_on": 2},
         "attack-damage": {"max_new_tokens": 5, "scored_on": 2, "attackers": ("means, affine",)},
     },
-    "card": {"candidate-scores": {"scored_on": 2, "attackers": ("residualised, affine",)}},
+    "card": {"candidate-scores": {"scored_on": 2, "attackers": ("means, affine",)}},
     "sentiment": {
         "review-states": {
             "sentiment_steps": 9,

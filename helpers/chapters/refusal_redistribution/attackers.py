@@ -112,7 +112,7 @@ def leace_directions(
     activations: Float[Tensor, "example d_model"], harmful: Bool[Tensor, " example"]
 ) -> Float[Tensor, "_ d_model"]:
     """Orthonormal directions with the span of what LEACE reads and of where it moves activations."""
-    eraser = fit_leace(activations.double().numpy(), harmful.numpy())
+    eraser = fit_leace(activations.cpu().double().numpy(), harmful.cpu().numpy())
     return orthonormal(torch.cat([torch.from_numpy(eraser.directions), torch.from_numpy(eraser.readout)])).float()
 
 

@@ -28,7 +28,7 @@ from helpers.chapters.refusal_redistribution.attackers import (
     probe_direction,
     searched,
 )
-from helpers.chapters.refusal_redistribution.damage import SCALES, Damage, damage_curve
+from helpers.chapters.refusal_redistribution.damage import SCALES, Damage, DamageCurve, damage_curve
 from helpers.chapters.refusal_redistribution.method import Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chat import Answer, Example, answer_facts, answers_of, balanced_batches
@@ -358,15 +358,19 @@ def damage(
     release_memory()
     asked = {kind: study.encoded(study.held_out[kind]) for kind in ATTACKED}
     facts = []
+    measured: dict[tuple[str, int, int], DamageCurve] = {}  # rules often take one candidate
     for attack in attacks(study, model, found, how):
-        curve = damage_curve(
-            model,
-            attack.directions,
-            asked["harmful"],
-            asked["harmless"],
-            refusal_ids=study.refusal_ids,
-            centre=attack.centre,
-        )
+        place = attack.attacker, attack.layer, attack.position
+        if place not in measured:
+            measured[place] = damage_curve(
+                model,
+                attack.directions,
+                asked["harmful"],
+                asked["harmless"],
+                refusal_ids=study.refusal_ids,
+                centre=attack.centre,
+            )
+        curve = measured[place]
         said = []
         if attack.rule in ("-1", "fitted"):
             ablation = AblateAffine(attack.directions, attack.centre)

@@ -453,7 +453,7 @@ def test_a_relative_weight_is_of_each_layers_term_at_the_first_batch(teacher, ch
             sequence_losses(model, batch)
             found.append(loss(model, batch).item())
     assert found[0] == pytest.approx(3.0)
-    assert found[1] == pytest.approx(3.0 * float((seen[1] / seen[0]).mean()), rel=1e-4)
+    assert found[1] == pytest.approx(3.0 * float((seen[1] / seen[0]).mean().detach()), rel=1e-4)
 
 
 def test_an_unbiased_term_is_a_multiple_of_the_biased_one_at_the_first_batch_of_its_kind_of_pool(teacher):
