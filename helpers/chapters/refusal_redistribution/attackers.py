@@ -16,7 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from helpers import corpora
 from helpers.chat import Example
+from helpers.corpora import PointRow
 from helpers.forward import PromptSet, read, read_beginning, unembed
 from helpers.interventions import AblateAffine, SiteMeans, applied
 from helpers.losses import kl_divergence
@@ -37,6 +39,7 @@ Attacker = Literal[
     "logistic probe",
     "optimised",
     "random",
+    "finetuned",
 ]
 SEARCHED: Mapping[Attacker, tuple[Contrast, Mode]] = {
     "means, zero": ("harmless", "zero"),
@@ -50,6 +53,24 @@ SEARCHED: Mapping[Attacker, tuple[Contrast, Mode]] = {
 Rule = Literal["source", "0", "-1", "fitted"]
 """How a searched attacker takes its candidate: by the source's rule, or the least divergence among those that bring
 refusal down to a level. Fitted attackers have nothing to choose from."""
+
+
+@dataclass(frozen=True)
+class FinetuningAttack:
+    """The attacker who uses no direction, but finetunes on a few compliant answers; chosen before any was judged."""
+
+    examples: int = 5
+    steps: tuple[int, ...] = (0, 1, 2, 4, 8)
+    """Each is a run of its own, on all examples in every step."""
+    learning_rate: float = 5e-4
+    rank: int = 8
+
+    def rows(self) -> list[PointRow]:
+        """The first harmful points with a compliant answer; no condition is trained on them."""
+        return corpora.load_points("explicit", "train")[: self.examples]
+
+
+FINETUNED = FinetuningAttack()
 
 
 @dataclass(frozen=True)

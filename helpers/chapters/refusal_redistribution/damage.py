@@ -36,6 +36,7 @@ class DamageCurve:
     """What ablating a direction by more and more does."""
 
     scales: Float[np.ndarray, " scale"]
+    """How far the attack goes: shares of a component that are ablated, or steps of finetuning."""
     log_odds: Float[np.ndarray, "scale harmful"]
     """Of refusing each harmful prompt."""
     kl: Float[np.ndarray, "scale harmless"]
@@ -73,12 +74,14 @@ class Attacked:
 
     attacker: str
     rule: str
-    layer: int
-    position: int
+    layer: int | None
+    """Where the direction was read; None for an attack that uses none."""
+    position: int | None
     fallback: bool
     curve: DamageCurve
     answers: tuple[Answer, ...]
-    """To the harmful requests, with the whole component ablated; none where no answer was asked for."""
+    """To the harmful requests, with the whole component ablated, or after the last step; none where none were asked
+    for."""
 
     @property
     def refused(self) -> Bool[np.ndarray, " harmful"]:

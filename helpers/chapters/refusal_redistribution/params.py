@@ -22,6 +22,7 @@ Attacker = Literal[
     "logistic probe",
     "optimised",
     "random",
+    "finetuned",
 ]
 
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]

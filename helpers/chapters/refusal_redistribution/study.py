@@ -20,6 +20,7 @@ from helpers import corpora
 from helpers.artifacts import Artifact
 from helpers.chapters.refusal_redistribution.attack import AttackSettings, coherent, iterated_ablation
 from helpers.chapters.refusal_redistribution.attackers import (
+    FINETUNED,
     SEARCHED,
     Attack,
     Optimisation,
@@ -49,6 +50,7 @@ from helpers.studies.directions import (
     header_positions,
     prompt_states,
 )
+from helpers.studies.margins import opening_log_odds
 from helpers.studies.study import Finetuning
 
 Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Mean+Cov+KD", "Cov+KD as published"]
@@ -149,8 +151,11 @@ class RefusalStudy(CardedStudy[RefusalParams]):
 
     def digest(self, condition: str, seed: int | None = None) -> str:
         """The digest of `model(condition, seed)`, which is not loaded."""
-        trained = [] if condition == "start" else [self.trained(condition, seed)]
-        return finetuned_digest(self.base.digest, [run.key for run in (*self.start, *trained)])
+        return finetuned_digest(self.base.digest, [run.key for run in self.made(condition, seed)])
+
+    def made(self, condition: str, seed: int | None = None) -> list[Artifact]:
+        """The runs that make `model(condition, seed)` of the base model."""
+        return [*self.start, *([] if condition == "start" else [self.trained(condition, seed)])]
 
     def trained(self, condition: str, seed: int | None = None, steps: int | None = None) -> Artifact:
         """What `finetune` makes of the start model; by default at the parameters' first seed, for all their steps."""
@@ -225,7 +230,7 @@ class RefusalStudy(CardedStudy[RefusalParams]):
 
         artifact = self.stage(
             "attack-damage",
-            lambda: damage(self, self.model(condition, seed), found(), how),
+            lambda: damage(self, self.model(condition, seed), self.made(condition, seed), found(), how),
             {
                 "attackers": list(self.params.attackers),
                 "prompts": self.attackers,
@@ -234,6 +239,8 @@ class RefusalStudy(CardedStudy[RefusalParams]):
                 "scored_on": self.params.scored_on,
                 "openers": self.refusal_ids,
                 "optimisation": asdict(how),
+                "finetuned on": [asdict(row) for row in FINETUNED.rows()],
+                "finetuning": asdict(FINETUNED),
                 "scales": list(SCALES),
                 "max_new_tokens": self.params.max_new_tokens,
             },
@@ -352,7 +359,7 @@ def judge(study: RefusalStudy, model: Model, bases: Sequence[Float[Tensor, "_ d_
 
 
 def damage(
-    study: RefusalStudy, model: Model, found: Search, how: Optimisation
+    study: RefusalStudy, model: Model, made: Sequence[Artifact], found: Search, how: Optimisation
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stage "attack-damage": every attacker's directions, their curves on the held-out requests, and answers."""
     release_memory()
@@ -389,7 +396,44 @@ def damage(
                 "said": answer_facts(said),
             }
         )
+    if "finetuned" in study.params.attackers:
+        curve, answers = finetuned(study, model, made)
+        facts.append(
+            {
+                "attacker": "finetuned",
+                "rule": "fitted",
+                "layer": None,
+                "position": None,
+                "fallback": False,
+                "scales": curve.scales.tolist(),
+                "log_odds": curve.log_odds.tolist(),
+                "kl": curve.kl.tolist(),
+                "said": answer_facts(answers),
+            }
+        )
     return {}, {"attacks": facts}
+
+
+def finetuned(study: RefusalStudy, model: Model, made: Sequence[Artifact]) -> tuple[DamageCurve, list[Answer]]:
+    """What finetuning on a few compliant answers does to refusal, by its steps, and the answers after the last.
+
+    Every number of steps is a run of its own. `made` are the runs that made the model of the base model.
+    """
+    harmful, harmless = (study.encoded(study.held_out[kind]) for kind in ATTACKED)
+    rows = FINETUNED.rows()
+    examples = study.encoded([row.request for row in rows], [row.reply for row in rows])
+    before, attacked = PromptSet.of(model, harmless).last_logits(model), model
+    log_odds, kl = [], []
+    for steps in FINETUNED.steps:
+        if steps:
+            recipe = Finetuning(steps, len(rows), FINETUNED.learning_rate, study.params.seed, FINETUNED.rank)
+            batches = recipe.batches(examples, study.base.tokenizer.pad_token_id)
+            attacked, _ = study.finetune(recipe, batches, start=made, label="finetuning attack")
+        log_odds.append(opening_log_odds(attacked, harmful, study.refusal_ids))
+        after = PromptSet.of(attacked, harmless).last_logits(attacked)
+        kl.append(kl_divergence(before, after).double().cpu().numpy())
+    answers = generate(attacked, harmful, max_new_tokens=study.params.max_new_tokens, batch_size=320)
+    return DamageCurve(np.array(FINETUNED.steps, dtype=float), np.stack(log_odds), np.stack(kl)), answers
 
 
 def attacks(study: RefusalStudy, model: Model, found: Search, how: Optimisation) -> list[Attack]:
@@ -397,6 +441,8 @@ def attacks(study: RefusalStudy, model: Model, found: Search, how: Optimisation)
     kept, layer = study.by_behaviour(model, study.attackers), study.probed_layer
     every: list[Attack] = []
     for name in study.params.attackers:
+        if name == "finetuned":
+            continue
         if name in SEARCHED:
             every += [searched(found, name, rule) for rule in ("source", "0", "-1")]
             continue

@@ -263,6 +263,32 @@ def test_an_optimised_attack_that_was_not_made_is_not_judged(verdict_of):
     assert verdict_of(found) == "not judged"
 
 
+def concentrated(left=0.1, at_start=0.8, before=1.0, cost=0.05, took=TOOK, sane=SANE):
+    one, start = ((curve(cost, i), refused(share, i)) for i, share in enumerate((left, at_start)))
+    return measured.concentrated([one], start, [refused(before)], took=took, seeds=(0,), sane=sane)
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "reproduced"),
+        ({"left": 0.8, "at_start": 0.1}, "contradicted"),
+        ({"left": 0.55}, "direction only"),
+        ({"before": 0.1}, "invalid"),
+        ({"cost": 2.0}, "invalid"),
+        ({"took": FAILED}, "invalid"),
+        ({"sane": INSANE}, "invalid"),
+    ],
+)
+def test_refusal_is_concentrated_if_leace_removes_more_of_it_and_both_models_talk(verdict_of, changed, verdict):
+    assert verdict_of(concentrated(**changed)) == verdict
+
+
+def test_without_leace_nothing_is_said_of_it(verdict_of):
+    found = measured.concentrated(None, None, [], took=TOOK, seeds=(0,), sane=SANE)
+    assert verdict_of(found) == "not judged"
+
+
 def test_what_another_condition_shows_is_not_judged_as_covariance_matching(verdict_of):
     assert [verdict_of(m) for m in measured.of_covariance("Cov+KD", *intact())] == ["reproduced", "reproduced"]
     other = measured.of_covariance("LM+KD", *intact())

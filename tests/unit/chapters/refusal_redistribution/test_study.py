@@ -9,7 +9,7 @@ import torch
 from helpers import corpora
 from helpers.chapters.refusal_redistribution import study as refusal
 from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
-from helpers.chapters.refusal_redistribution.attackers import SEARCHED, Optimisation, searched
+from helpers.chapters.refusal_redistribution.attackers import FINETUNED, SEARCHED, Optimisation, searched
 from helpers.chapters.refusal_redistribution.damage import SCALES
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.sentiment import SentimentStudy
@@ -316,7 +316,9 @@ def test_every_attacker_is_measured_by_every_rule_and_answers_come_from_one(exp,
     assert [(attack.attacker, attack.rule) for attack in damaged.attacks] == asked
     assert damaged.attackers == list(exp.params.attackers)
     for attack in damaged.attacks:
-        assert attack.curve.log_odds.shape == (len(SCALES), exp.params.start_requests)
+        points = len(FINETUNED.steps) if attack.attacker == "finetuned" else len(SCALES)
+        assert attack.curve.log_odds.shape == (points, exp.params.start_requests)
+        assert (attack.layer is None) == (attack.attacker == "finetuned")
         answered = attack.rule in ("-1", "fitted")
         assert len(attack.answers) == len(attack.refused) == answered * exp.params.start_requests
     assert damaged.by("LEACE", "-1") is damaged.by("LEACE", "0")
@@ -338,6 +340,19 @@ def test_a_curve_is_that_of_the_direction_that_the_attacker_took(exp, start, dam
         np.testing.assert_allclose(measured.curve.log_odds[SCALES.index(1.0)], odds, atol=1e-4)
         limit = exp.params.max_new_tokens
         assert list(measured.answers) == generate(start, prompts, max_new_tokens=limit, interventions=[ablation])
+
+
+def test_the_finetuning_attack_makes_compliant_answers_likelier_from_step_to_step(exp, start):
+    curve, answers = refusal.finetuned(exp, start, exp.made("start"))
+    assert curve.scales.tolist() == [0, 1, 2, 4, 8] and len(answers) == exp.params.start_requests
+    assert np.abs(curve.kl[0]).max() == pytest.approx(0, abs=1e-6)
+    assert np.all(np.diff(curve.kl.mean(1)) > 0)
+    trained = [row.request for row in FINETUNED.rows()]
+    assert len(trained) == 5 and not {*trained} & {text for texts in exp.held_out.values() for text in texts}
+    odds = refusal_log_odds(
+        PromptSet.of(start, exp.encoded(exp.held_out["harmful"])).last_logits(start), exp.refusal_ids
+    )
+    np.testing.assert_allclose(curve.log_odds[0], odds, atol=1e-4)
 
 
 def test_attackers_use_their_own_requests_alone(exp, start, monkeypatch):
