@@ -73,13 +73,15 @@ def mean_gap(
     z_1: Float[Tensor, "layer harmful d_model"],
     z_0: Float[Tensor, "layer harmless d_model"],
 ) -> Float[Tensor, " layer"]:
-    """<g_a, g_b> / d_model, where g = mu_1 - mu_0 of one half of the batch and of the other.
+    """<g_a, g_b>, with g = mu_1 - mu_0 of each half of a batch, in units of the variance.
 
-    Halves are independent, so that this is ||mu_1 - mu_0||^2 / d_model of the distributions on average, where the
-    square of one difference adds what two samples differ by.
+    Halves are independent, so that <g_a, g_b> is ||mu_1 - mu_0||^2 of the distributions on average, where the square of
+    one difference adds what two samples differ by. The variance, of all prompts together, keeps training from winning
+    by scale: the product of two noisy gaps may be negative, and of larger states it is more so.
     """
     first, second = (z_1[:, half::2].mean(1) - z_0[:, half::2].mean(1) for half in (0, 1))
-    return (first * second).mean(-1)
+    variance = torch.cat([z_1, z_0], 1).var(1).sum(-1)
+    return (first * second).sum(-1) / variance
 
 
 def covariance_matching(
@@ -127,13 +129,16 @@ def covariance_gap(
     z_1: Float[Tensor, "layer harmful d_model"],
     z_0: Float[Tensor, "layer harmless d_model"],
 ) -> Float[Tensor, " layer"]:
-    """<D_a, D_b>_F / d_model^2, where D = S_1 - S_0 of one half of the batch and of the other.
+    """<D_a, D_b>_F, with D = S_1 - S_0 of each half of a batch, as a share of <S_1a, S_1b>_F + <S_0a, S_0b>_F.
 
-    Without bias, as `mean_gap`: with A, s and B, t of the two halves, <D_a, D_b>_F = sum_ij s_i t_j (A B^T)_ij^2.
+    As in `mean_gap` products of independent halves have no bias: they are ||S_1 - S_0||_F^2 and ||S_1||_F^2 +
+    ||S_0||_F^2 of the distributions on average. With A, s and B, t of the halves, <D_a, D_b>_F = sum_ij s_i t_j (A
+    B^T)_ij^2, and without signs the sum is that of same and different classes: 2 <S_1a, S_1b>_F + ... - <D_a, D_b>_F.
     """
     (a, s), (b, t) = (stacked(z_1[:, half::2], z_0[:, half::2]) for half in (0, 1))
-    gram = a @ b.mT  # (layer, first half, second half)
-    return torch.einsum("lij,i,j->l", gram.square(), s, t) / a.shape[2] ** 2
+    products = (a @ b.mT).square()  # (layer, first half, second half)
+    gap = torch.einsum("lij,i,j->l", products, s, t)  # same classes minus different ones
+    return 2 * gap / (gap + products.sum((1, 2)))
 
 
 def stacked(
@@ -278,11 +283,11 @@ class Redistribution:
     as_published: bool = False
     micro_batch: int | None = None
     relative: bool = False
-    """Divide each layer's term by its biased value at the first batch that has the same pools, so that a weight means
-    the same for any model and match, and no layer counts more for being wider. The biased value counts what two samples
-    of a batch's size would differ by, so that a layer without a gap is not divided by nothing."""
+    """Divide each layer's term by its value at the first batch that has the same pools, so that a weight means the same
+    for any model, and no layer counts more for being wider."""
     unbiased: bool = False
-    """Match gaps without the distance that sampling alone makes (`mean_gap`, `covariance_gap`)."""
+    """Match gaps without the distance that sampling alone makes (`mean_gap`, `covariance_gap`), at any scale of states:
+    they are not divided once more."""
     one_pool: bool = False
     """One kind of pool a batch, and not one a prompt."""
 
@@ -382,12 +387,11 @@ class RedistributionLoss:
     def _scales(
         self, pools: int, z: Float[Tensor, "layer batch d_model"], harmful: Bool[Tensor, " batch"]
     ) -> Float[Tensor, "term layer"]:
-        """The biased terms at the first batch with these pools; 1 where they are 0, and for weights that are not
-        relative."""
+        """The terms at the first batch with these pools; 1 where they are 0 or shares, or weights are not relative."""
         if pools not in self.scales:
             first = self.settings.terms(z, harmful)
-            usable = first > 0 if self.settings.relative else torch.zeros_like(first, dtype=torch.bool)
-            self.scales[pools] = torch.where(usable, first, 1.0)
+            divided = self.settings.relative and not self.settings.unbiased
+            self.scales[pools] = torch.where(first > 0, first, 1.0) if divided else torch.ones_like(first)
         return self.scales[pools]
 
 

@@ -113,9 +113,7 @@ class RefusalParams(AlignedParams):
     )
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     lora_rank: int = Field(ge=1, le=512, description="rank of the trained adapters")
-    weight: Weight = Field(
-        description="lambda, the weight of the matching loss, in units of a batch before the first step"
-    )
+    weight: Weight = Field(description="lambda, the weight of the matching loss")
     kd_weight: Weight = Field(description="weight of the distillation from the start model")
     temperature: float = Field(gt=0, le=100, allow_inf_nan=False, description="temperature of the distillation")
     max_new_tokens: int = Field(

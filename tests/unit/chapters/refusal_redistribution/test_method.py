@@ -1,5 +1,6 @@
 """Matching losses are their closed forms; pools, batches and the extra loss are what a direct computation gives."""
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -96,31 +97,35 @@ def test_losses_of_two_classes_are_those_of_the_batch_that_holds_both(norm):
 
 def test_gaps_are_products_of_the_two_halves_of_a_batch():
     one, other = random(2, 8, 40), random(2, 10, 40, seed=1)
-    gaps = [x[:, half::2] for half in (0, 1) for x in (one, other)]
-    means = [gaps[i].mean(1) - gaps[i + 1].mean(1) for i in (0, 2)]
-    torch.testing.assert_close(mean_gap(one, other), (means[0] * means[1]).mean(1))
-    differences = [
-        torch.stack([torch.cov(a.T) - torch.cov(b.T) for a, b in zip(gaps[i], gaps[i + 1], strict=True)])
-        for i in (0, 2)
-    ]
-    torch.testing.assert_close(covariance_gap(one, other), (differences[0] * differences[1]).mean((1, 2)))
-    harmful = torch.arange(18) < 8
+    halves = [x[:, half::2] for half in (0, 1) for x in (one, other)]
     z = torch.cat([one, other], 1)
+    means = [halves[i].mean(1) - halves[i + 1].mean(1) for i in (0, 2)]
+    torch.testing.assert_close(mean_gap(one, other), (means[0] * means[1]).sum(1) / z.var(1).sum(1))
+    s = [torch.stack([torch.cov(layer.T) for layer in half]) for half in halves]  # S_1a, S_0a, S_1b, S_0b
+    products = [
+        (first * second).sum((1, 2)) for first, second in ((s[0] - s[1], s[2] - s[3]), (s[0], s[2]), (s[1], s[3]))
+    ]
+    torch.testing.assert_close(covariance_gap(one, other), products[0] / (products[1] + products[2]))
+    harmful = torch.arange(18) < 8
     torch.testing.assert_close(method.mean_matching(z, harmful, unbiased=True), mean_gap(one, other))
     torch.testing.assert_close(method.covariance_matching(z, harmful, unbiased=True), covariance_gap(one, other))
+    for gap in (mean_gap, covariance_gap):
+        torch.testing.assert_close(gap(7 * one + 2, 7 * other + 2), gap(one, other))  # no scale, no shift
 
 
 def test_gaps_of_equal_distributions_are_zero_on_average_where_squared_differences_are_not():
-    """Eight of each class in 20 dimensions: of one distribution, then one class shifted and twice as wide."""
-    same = random(4000, 16, 20)
-    one, other = same[:, :8], same[:, 8:]
-    for gap, loss in ((mean_gap, mean_loss), (covariance_gap, covariance_loss)):
+    """Of many draws of 16 a class in 20 dimensions: one distribution, then one class shifted and twice as wide."""
+    same = random(4000, 32, 20)
+    one, other = same[:, :16], same[:, 16:]
+    for gap in (mean_gap, covariance_gap):
         found = gap(one, other)
-        assert abs(float(found.mean())) < 4 * float(found.std()) / 4000**0.5
-        assert float(loss(one, other).mean()) > 20 * float(found.std()) / 4000**0.5
-    apart = mean_gap(one * 2 + 3, other), covariance_gap(one * 2 + 3, other)
-    assert float(apart[0].mean()) == pytest.approx(9, rel=0.02)
-    assert float(apart[1].mean()) == pytest.approx(9 / 20, rel=0.1)  # S_1 - S_0 = 3 I
+        assert abs(float(found.mean())) < 4 * float(found.std()) / 4000**0.5 + 0.02
+    assert float(mean_loss(one, other).mean()) > 0.1  # 2 / 16 by sampling alone
+    moved = one * 2 + 3
+    within, between = 20 * (4 + 1) / 2, 20 * 9
+    expected = between / (within * 30 / 31 + between * 8 / 31)  # of a total variance with 31 degrees of freedom
+    assert float(mean_gap(moved, other).mean()) == pytest.approx(expected, rel=0.03)
+    assert float(covariance_gap(moved, other).mean()) == pytest.approx(9 / 17, abs=0.03)  # 4 I and I; of a ratio
 
 
 def test_terms_are_multiples_of_their_scales_and_the_two_losses_are_weighted():
@@ -456,14 +461,16 @@ def test_a_relative_weight_is_of_each_layers_term_at_the_first_batch(teacher, ch
     assert found[1] == pytest.approx(3.0 * float((seen[1] / seen[0]).mean().detach()), rel=1e-4)
 
 
-def test_an_unbiased_term_is_a_multiple_of_the_biased_one_at_the_first_batch_of_its_kind_of_pool(teacher):
-    settings = Redistribution("covariance", weight=1.0, relative=True, unbiased=True, one_pool=True)
+def test_a_relative_term_is_a_multiple_of_the_one_at_the_first_batch_of_its_kind_of_pool_and_a_share_is_none(teacher):
+    settings = Redistribution("covariance", weight=1.0, relative=True, one_pool=True)
     loss = settings.extra_loss(lambda row: row < 4, teacher=teacher, seed=0)
     harmful, first, other = kinds(6, 6), random(2, 12, 40), random(2, 12, 40, seed=1)
     biased = {x: method.covariance_matching(z, harmful) for x, z in (("first", first), ("other", other))}
     assert torch.equal(loss._scales(0, first, harmful)[0], biased["first"])
     assert torch.equal(loss._scales(0, other, harmful)[0], biased["first"])
     assert torch.equal(loss._scales(2, other, harmful)[0], biased["other"])
+    shares = replace(settings, unbiased=True).extra_loss(lambda row: row < 4, teacher=teacher, seed=0)
+    assert torch.equal(shares._scales(0, first, harmful)[0], torch.ones(2, dtype=torch.float64))
     terms = settings.terms(first, harmful, unbiased=True)
     torch.testing.assert_close(terms[0], method.covariance_matching(first, harmful, unbiased=True))
 

@@ -405,7 +405,7 @@ def test_both_sentiments_are_equally_often_in_both_splits(sentiment):
     assert not set(sentiment.train) & set(sentiment.test)
 
 
-def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_over_its_tokens(sentiment):
+def test_states_are_those_of_the_last_token_of_what_is_asked_and_losses_over_all_tokens(sentiment):
     found = sentiment.states(None)
     model = sentiment.base
     ids = torch.tensor([sentiment.texts(sentiment.test[:1])[0].ids])
@@ -415,7 +415,8 @@ def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_ove
     assert found.losses[0] == pytest.approx(loss.item(), abs=1e-5)
     assert found.losses.shape == (40,)
     last = cache[f"blocks.{model.layers - 1}.hook_resid_post"][0]
-    np.testing.assert_allclose(found.test[0], last[1:].mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.test[0], last[-1], atol=1e-5)
+    assert model.tokenizer.decode(ids[0]).endswith(f"{sentiment.test[0]}\nSentiment:")
     assert found.train.shape == found.test.shape == (40, model.width)
 
 
@@ -431,12 +432,18 @@ def test_training_losses_are_kept_by_step(sentiment):
     assert len(sentiment.states(0.0).training) == sentiment.params.sentiment_steps
 
 
-def test_matching_the_means_brings_them_together(store):
+def test_matching_brings_means_or_covariances_together(store):
     exp = SentimentStudy(params(sentiment_steps=30, learning_rate=1e-2, batch_size=16))
-    gap = {
-        weight: np.linalg.norm(
-            exp.states(weight).train[exp.train_labels].mean(0) - exp.states(weight).train[~exp.train_labels].mean(0)
-        )
-        for weight in (0.0, 1e5)
-    }
-    assert gap[1e5] < 0.5 * gap[0.0]
+    labels = exp.train_labels
+
+    def gap(states):
+        return np.linalg.norm(states[labels].mean(0) - states[~labels].mean(0))
+
+    plain = exp.states(0.0).train
+    assert gap(exp.states(10.0).train) < 0.5 * gap(plain)
+
+    def spread(states):
+        return np.linalg.norm(np.cov(states[labels].T) - np.cov(states[~labels].T)) / np.linalg.norm(np.cov(states.T))
+
+    assert spread(exp.states(10.0, "covariance").train) < spread(plain)
+    assert exp.states(0.0, "covariance").train.shape == plain.shape
