@@ -13,7 +13,7 @@ from helpers.chat import Answer
 from helpers.studies import card
 from helpers.studies.ablation_scores import score_exhaustively
 from helpers.studies.alignment import Behaviour, behaviour
-from helpers.studies.card import KINDS, difference_at_equal_form, openings
+from helpers.studies.card import KINDS, difference_at_equal_form, openings, told
 from helpers.studies.directions import candidate_directions, header_positions, site_means
 
 PROMPTS = {
@@ -89,3 +89,12 @@ def test_refusals_are_counted_by_their_first_word():
     said = tuple(map(Answer, ("Sorry, but I can't help with that.", "Sorry, I won't.", "I can't do that.", "Tea.")))
     of = Behaviour(said, np.zeros(4), np.zeros(4))
     assert openings(of) == {"Sorry": 2, "I": 1}
+
+
+def test_a_card_is_told_by_kind_with_intervals_and_openings():
+    said = tuple(map(Answer, ("Sorry, but I can't help with that.", "Tea.", "Sorry, I won't do that.", "Cake.")))
+    of = Behaviour(said, np.array([2.0, -1.0, 3.0, -4.0]), np.array([0.1, 0.2, 0.3, 0.8]))
+    (row,) = told({"harmful": of})
+    assert row["requests"] == "harmful" and row["refused"].startswith("50% [") and row["above 0"].startswith("50% [")
+    assert row["log-odds of refusal"].startswith("0.00 [") and row["median KL"] == "0.250"
+    assert row["refusals open with"] == "Sorry 2"
