@@ -27,7 +27,7 @@ from helpers.studies.ablation_scores import ROWS_AT_ONCE, chunks
 from helpers.studies.directions import NO_PROMPTS
 from helpers.studies.margins import refusal_log_odds
 
-SCALES = (0.0, 0.3, 0.6, 0.8, 1.0, 1.25)
+SCALES = (0.0, 0.4, 0.7, 1.0, 1.25)
 """Shares of a direction's component that are ablated along a damage curve: 1 is the whole, above it the sign turns."""
 
 

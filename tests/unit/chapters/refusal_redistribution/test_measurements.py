@@ -463,7 +463,7 @@ def test_the_table_of_damage_has_a_row_for_each_rule_and_the_curves_those_of_one
     assert np.isnan(rows[0]["refused"]) and rows[1]["refused"] == 0.25
     drawn = measured.curve_table(damages)
     assert len(drawn) == 2 * 2 * len(SCALES)
-    assert drawn[4]["kl"] == pytest.approx(curve(0.1).kl[4].mean()) and drawn[4]["scale"] == 1.0
+    assert drawn[3]["kl"] == pytest.approx(curve(0.1).kl[3].mean()) and drawn[3]["scale"] == 1.0
 
 
 def test_the_table_of_gaps_says_what_is_left_of_the_first_conditions():
