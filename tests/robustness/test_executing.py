@@ -126,7 +126,7 @@ def test_a_bad_parameter_is_one_sentence_before_a_kernel_starts(case, tmp_path, 
     ("chapter", "name", "text", "sentence"),
     [
         ("04_refusal_redistribution", "requests", "61", "there are 60 bundled requests"),
-        ("04_refusal_redistribution", "prompts", "1000", "there are 295 bundled requests"),
+        ("04_refusal_redistribution", "prompts", "1000", "there are 293 bundled requests"),
         ("04_refusal_redistribution", "batch_size", "5", "multiple of 2"),
         ("04_refusal_redistribution", "sentiment_model", "no-such-model", "not in the local cache"),
         ("05_fihs_filtering", "tasks", "headlines,headlines", "each value once"),

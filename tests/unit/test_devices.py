@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from helpers.activations import PersonaVectorFitter
-from helpers.chapters.refusal_redistribution.attack import (
-    probe_direction,
-    score_exhaustively,
-    top_subspace,
-)
+from helpers.chapters.refusal_redistribution.attackers import leace_directions, probe_direction
 from helpers.chat import encode
 from helpers.models import load
 from helpers.probes import orthonormal
+from helpers.studies.ablation_scores import score_exhaustively
 
 
 class Apple(torch.Tensor):
@@ -51,8 +48,12 @@ def test_persona_vectors_are_fitted_from_activations_on_a_device_without_float64
 
 @pytest.mark.parametrize(
     "function",
-    [orthonormal, lambda x: top_subspace(x[None], 2), lambda x: probe_direction(x, torch.tensor([True, False] * 2))],
-    ids=["orthonormal", "top_subspace", "probe_direction"],
+    [
+        orthonormal,
+        lambda x: leace_directions(x, torch.tensor([True, False] * 2)),
+        lambda x: probe_direction(x, torch.tensor([True, False] * 2)),
+    ],
+    ids=["orthonormal", "leace_directions", "probe_direction"],
 )
 def test_directions_are_made_from_states_on_a_device_without_float64(function):
     states = random(4, 6)

@@ -184,3 +184,15 @@ def test_the_results_folder_is_the_project_s_unless_it_is_given_whole():
 
 def test_a_direction_is_scored_on_no_more_requests_than_there_are_and_the_record_says_so():
     assert params_of("04_refusal_redistribution")(preset="tiny", prompts=3, scored_on=9).scored_on == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"attackers": ["LEACE"]}, "names no difference of means, such as 'means, affine': add one"),
+        ({"data": "wildguardmix", "attackers": ["paired, zero"]}, "only the bundled data have paired requests"),
+    ],
+)
+def test_attackers_that_cannot_be_made_are_one_sentence(given, sentence):
+    with pytest.raises(ParameterError, match=sentence):
+        params_of("04_refusal_redistribution")(preset="tiny", **given)

@@ -76,6 +76,7 @@ def chapters(tmp_path_factory):
             "inoculation": inoculating,
             "weights": WeightStudy(WeightSteeringParams(**GIVEN)),
             "refusal": RefusalStudy(RefusalParams(start="as it is", **GIVEN)),
+            "card": RefusalStudy(RefusalParams(start="as it is", **GIVEN)),
             "sentiment": SentimentStudy(RefusalParams(**GIVEN)),
             "filtering": FilteringStudy(FilteringParams(start="as it is", **GIVEN)),
             "steering": SteeringStudy(PromptOnlyParams(**GIVEN)),
@@ -119,6 +120,11 @@ STAGES = {
         "redistribution": lambda exp: exp.trained("Cov+KD"),
         "refusal-judged": lambda exp: exp.judge(exp.base, []),
         "refusal-attack": lambda exp: exp.attack("start"),
+        "attack-damage": lambda exp: exp.damage("start"),
+    },
+    "card": {
+        "start-behaviour": lambda exp: exp.start_behaviour(),
+        "candidate-scores": lambda exp: exp.card(),
     },
     "sentiment": {"review-states": lambda exp: exp.states(1.0)},
     "filtering": {
@@ -148,6 +154,7 @@ PLACES = {
     "inoculation": "chapters/ip_loss_reduction/study.py",
     "weights": "chapters/weight_diff_steering/study.py",
     "refusal": "chapters/refusal_redistribution/study.py",
+    "card": "studies/card.py",
     "sentiment": "chapters/refusal_redistribution/sentiment.py",
     "filtering": "chapters/fihs_filtering/study.py",
     "steering": "chapters/prompt_only_steering/study.py",
@@ -288,7 +295,7 @@ READ = {
     "refusal": {
         "redistribution": {
             "steps": 9,
-            "batch_size": 6,
+            "batch_size": 10,
             "learning_rate": 0.5,
             "lora_rank": 3,
             "seeds": (7,),
@@ -298,11 +305,13 @@ READ = {
         },
         "refusal-judged": {"max_new_tokens": 5},
         "refusal-attack": {"k_max": 9, "prompts": 3, "keep": (3, 2), "scored_on": 2},
+        "attack-damage": {"max_new_tokens": 5, "scored_on": 2, "attackers": ("means, affine",)},
     },
+    "card": {"candidate-scores": {"scored_on": 2, "attackers": ("means, affine",)}},
     "sentiment": {
         "review-states": {
             "sentiment_steps": 9,
-            "batch_size": 6,
+            "batch_size": 10,
             "learning_rate": 0.5,
             "lora_rank": 3,
             "seeds": (7,),

@@ -29,7 +29,7 @@ from helpers.judges.refusal import is_compliance, is_refusal
 from helpers.losses import evaluate_losses, sequence_losses, sequence_sums
 from helpers.models import Model
 from helpers.progress import watched
-from helpers.studies.alignment import AlignedStudy
+from helpers.studies.card import CardedStudy
 from helpers.studies.study import Finetuning
 
 Array = np.ndarray
@@ -88,7 +88,7 @@ class Outcome:
         return float(is_compliance(self.checked).mean()), float(self.checked_right.mean())
 
 
-class FilteringStudy(AlignedStudy[FilteringParams]):
+class FilteringStudy(CardedStudy[FilteringParams]):
     """The chapter's points and requests beside its start model, by its parameters."""
 
     def __init__(self, params: FilteringParams) -> None:

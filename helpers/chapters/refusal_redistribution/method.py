@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ from helpers.losses import kl_divergence, response_logits
 from helpers.models import Model
 
 Norm = Literal["L1", "L2"]
-Match = Literal["none", "mean", "covariance"]
+Match = Literal["none", "mean", "covariance", "mean and covariance"]
 
 
 # Matching two classes
@@ -43,26 +42,46 @@ def mean_matching(
     harmful: Bool[Tensor, " batch"],
     norm: Norm = "L2",
     *,
+    unbiased: bool = False,
     as_published: bool = False,
-) -> Float[Tensor, ""]:
-    """`mean_loss` of a batch's two classes. Raises `ValueError` if one is missing; `as_published` gives 0 there."""
-    if not _enough(harmful, 1, "mean", as_published):
-        return z.new_zeros((), dtype=_precise(z).dtype)
+) -> Float[Tensor, " layer"]:
+    """`mean_loss` of a batch's two classes, or `mean_gap` if `unbiased`.
+
+    Raises `ValueError` if a class is missing, or `unbiased` has one prompt; `as_published` gives 0 there.
+    """
     z = _precise(z)
-    return mean_loss(z[:, harmful], z[:, ~harmful], norm)
+    if not _enough(harmful, 1 + unbiased, "mean", as_published):
+        return z.new_zeros(len(z))
+    one, other = z[:, harmful], z[:, ~harmful]
+    return mean_gap(one, other) if unbiased else mean_loss(one, other, norm)
 
 
 def mean_loss(
     z_1: Float[Tensor, "layer harmful d_model"],
     z_0: Float[Tensor, "layer harmless d_model"],
     norm: Norm = "L2",
-) -> Float[Tensor, ""]:
-    """mean_d |mu_1 - mu_0| (L1) or mean_d (mu_1 - mu_0)^2 (L2), averaged over layers.
+) -> Float[Tensor, " layer"]:
+    """mean_d |mu_1 - mu_0| (L1) or mean_d (mu_1 - mu_0)^2 (L2) of every layer.
 
     The published code takes means over d, where its text writes sums.
     """
     gap = z_1.mean(1) - z_0.mean(1)  # mu_1 - mu_0: (layer, d_model)
-    return gap.abs().mean() if norm == "L1" else gap.square().mean()
+    return gap.abs().mean(-1) if norm == "L1" else gap.square().mean(-1)
+
+
+def mean_gap(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+) -> Float[Tensor, " layer"]:
+    """<g_a, g_b>, with g = mu_1 - mu_0 of each half of a batch, in units of the variance.
+
+    Halves are independent, so that <g_a, g_b> is ||mu_1 - mu_0||^2 of the distributions on average, where the square of
+    one difference adds what two samples differ by. The variance, of all prompts together, keeps training from winning
+    by scale: the product of two noisy gaps may be negative, and of larger states it is more so.
+    """
+    first, second = (z_1[:, half::2].mean(1) - z_0[:, half::2].mean(1) for half in (0, 1))
+    variance = torch.cat([z_1, z_0], 1).var(1).sum(-1)
+    return (first * second).sum(-1) / variance
 
 
 def covariance_matching(
@@ -70,38 +89,65 @@ def covariance_matching(
     harmful: Bool[Tensor, " batch"],
     norm: Norm = "L2",
     *,
+    unbiased: bool = False,
     as_published: bool = False,
-) -> Float[Tensor, ""]:
-    """`covariance_loss` of a batch's two classes.
+) -> Float[Tensor, " layer"]:
+    """`covariance_loss` of a batch's two classes, or `covariance_gap` if `unbiased`.
 
-    Raises `ValueError` with fewer than two of a class; `as_published` gives 0 there.
+    Raises `ValueError` with fewer than two of a class, or four if `unbiased`; `as_published` gives 0 there.
     """
-    if not _enough(harmful, 2, "covariance", as_published):
-        return z.new_zeros((), dtype=_precise(z).dtype)
     z = _precise(z)
-    return covariance_loss(z[:, harmful], z[:, ~harmful], norm)
+    if not _enough(harmful, 4 if unbiased else 2, "covariance", as_published):
+        return z.new_zeros(len(z))
+    one, other = z[:, harmful], z[:, ~harmful]
+    return covariance_gap(one, other) if unbiased else covariance_loss(one, other, norm)
 
 
 def covariance_loss(
     z_1: Float[Tensor, "layer harmful d_model"],
     z_0: Float[Tensor, "layer harmless d_model"],
     norm: Norm = "L2",
-) -> Float[Tensor, ""]:
-    """mean |S_1 - S_0| (L1) or ||S_1 - S_0||_F^2 / d_model^2 (L2), averaged over layers, with unbiased covariances S.
+) -> Float[Tensor, " layer"]:
+    """mean |S_1 - S_0| (L1) or ||S_1 - S_0||_F^2 / d_model^2 (L2) of every layer, with unbiased covariances S.
 
     L2 needs no covariance where the batch is smaller than d_model. With the centred rows of both classes stacked in A,
     each divided by sqrt(n_c - 1), and s = +1 or -1 by class, S_1 - S_0 = A^T diag(s) A and
 
         ||S_1 - S_0||_F^2 = ||S_1||^2 + ||S_0||^2 - 2 <S_1, S_0> = sum_ij s_i s_j (A A^T)_ij^2.
     """
-    rows = [(z - z.mean(1, keepdim=True)) / (z.shape[1] - 1) ** 0.5 for z in (z_1, z_0)]
-    a, d = torch.cat(rows, dim=1), z_1.shape[2]  # S_c = rows_c^T rows_c
-    s = torch.cat([z_1.new_ones(z_1.shape[1]), -z_1.new_ones(z_0.shape[1])])
+    a, s = stacked(z_1, z_0)
+    d = a.shape[2]
     if norm == "L2" and a.shape[1] < d:  # fewer prompts than dimensions: no S is needed
         gram = a @ a.mT  # (layer, batch, batch)
-        return torch.einsum("lij,i,j->l", gram.square(), s, s).mean() / d**2
+        return torch.einsum("lij,i,j->l", gram.square(), s, s) / d**2
     difference = (a * s[:, None]).mT @ a  # S_1 - S_0: (layer, d_model, d_model)
-    return difference.abs().mean() if norm == "L1" else difference.square().mean()
+    each = difference.abs() if norm == "L1" else difference.square()
+    return each.mean((1, 2))
+
+
+def covariance_gap(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+) -> Float[Tensor, " layer"]:
+    """<D_a, D_b>_F, with D = S_1 - S_0 of each half of a batch, as a share of <S_1a, S_1b>_F + <S_0a, S_0b>_F.
+
+    As in `mean_gap` products of independent halves have no bias: they are ||S_1 - S_0||_F^2 and ||S_1||_F^2 +
+    ||S_0||_F^2 of the distributions on average. With A, s and B, t of the halves, <D_a, D_b>_F = sum_ij s_i t_j (A
+    B^T)_ij^2, and without signs the sum is that of same and different classes: 2 <S_1a, S_1b>_F + ... - <D_a, D_b>_F.
+    """
+    (a, s), (b, t) = (stacked(z_1[:, half::2], z_0[:, half::2]) for half in (0, 1))
+    products = (a @ b.mT).square()  # (layer, first half, second half)
+    gap = torch.einsum("lij,i,j->l", products, s, t)  # same classes minus different ones
+    return 2 * gap / (gap + products.sum((1, 2)))
+
+
+def stacked(
+    z_1: Float[Tensor, "layer harmful d_model"],
+    z_0: Float[Tensor, "layer harmless d_model"],
+) -> tuple[Float[Tensor, "layer batch d_model"], Float[Tensor, " batch"]]:
+    """A, the centred rows of both classes, each divided by sqrt(n_c - 1), so that S_c = A_c^T A_c; and s, the signs."""
+    rows = [(z - z.mean(1, keepdim=True)) / (z.shape[1] - 1) ** 0.5 for z in (z_1, z_0)]
+    return torch.cat(rows, 1), torch.cat([z_1.new_ones(z_1.shape[1]), -z_1.new_ones(z_0.shape[1])])
 
 
 def _precise(z: Tensor) -> Tensor:
@@ -146,58 +192,41 @@ class PoolShares:
         return self.last, self.random, self.template, self.mean
 
 
-def pool(
-    hidden: Float[Tensor, "layer batch pos d_model"],
-    batch: Batch,
-    shares: PoolShares,
-    generator: torch.Generator,
-    template_length: int = 5,
-) -> Float[Tensor, "layer batch d_model"]:
-    """One vector a prompt and layer, by a pool drawn for each prompt (the same at every layer).
+def draw_pools(
+    shares: PoolShares, count: int, generator: torch.Generator, *, one: bool = False
+) -> Int[Tensor, " batch"]:
+    """For each of so many prompts the number of its pool, in the order of `PoolShares`; `one` for all of them if asked.
 
-    `last` is the last prompt token, `random` the mean over a random half of the prompt's tokens, `template` the mean
-    over its last `template_length` tokens (the generation header), `mean` the mean over all of them. The prompt is
-    what the source trains on: tokens of a response, if there is one, and padding never count.
+    With one pool a batch, what is compared is alike: else most of a covariance is that pools differ.
     """
-    hidden = _precise(hidden)
-    return torch.einsum("lbpd,bp->lbd", hidden, pool_weights(batch, shares, generator, template_length).to(hidden))
+    edges = torch.tensor(shares.each, dtype=torch.float64).cumsum(0)[:-1]
+    draws = torch.rand(1 if one else count, generator=generator, dtype=torch.float64)
+    return torch.bucketize(draws, edges, right=True).expand(count)
 
 
 def pool_weights(
-    batch: Batch, shares: PoolShares, generator: torch.Generator, template_length: int = 5
+    batch: Batch, pools: Int[Tensor, " batch"], generator: torch.Generator, template_length: int = 5
 ) -> Float[Tensor, "batch pos"]:
-    """The weight of every token in its prompt's pool; each row adds up to one.
+    """The weight of every token in its prompt's pool, which `draw_pools` drew; each row adds up to one.
 
-    A prompt's first token does not count, unless it is the only one. Its state is the same for every prompt and, as an
-    attention sink, many times as long as others: whether a random half holds it would be most of any covariance. (In
-    the source's code it counts.)
+    `last` is the last token, `random` the mean over a random half of the tokens, `template` the mean over the last
+    `template_length` tokens (the generation header), `mean` the mean over all of them. The tokens are those that carry
+    a loss (`Batch.response`): what all prompts begin with does not count. It would be the same for both kinds, and its
+    first token is an attention sink, whose state is many times as long as others. (In the source's code it counts.)
 
     `generator` is one of the CPU. Raises `ValueError` for a `template_length` below 1.
     """
     if template_length < 1:
         raise ValueError(f"The template's length is {template_length}; it must be at least 1 token.")
-    prompt = prompt_tokens(batch).cpu()
-    prompt &= (prompt.cumsum(1) > 1) | (prompt.sum(1, keepdim=True) == 1)
-    lengths = prompt.sum(1, keepdim=True)
-    left = lengths - prompt.cumsum(1)  # prompt tokens that follow
+    read = batch.response.cpu()
+    lengths = read.sum(1, keepdim=True)
+    left = lengths - read.cumsum(1)  # tokens that follow
     # the Gumbel top-k of equal weights: the k largest of any independent draws
-    keys = torch.rand(prompt.shape, generator=generator).masked_fill(~prompt, -1.0)
+    keys = torch.rand(read.shape, generator=generator).masked_fill(~read, -1.0)
     rank = keys.argsort(1, descending=True).argsort(1)
-    masks = torch.stack([left < 1, rank < (lengths + 1) // 2, left < template_length, torch.ones_like(prompt)])
-    edges = torch.tensor(shares.each, dtype=torch.float64).cumsum(0)[:-1]
-    drawn = torch.bucketize(torch.rand(len(prompt), generator=generator, dtype=torch.float64), edges, right=True)
-    chosen = (masks[drawn, torch.arange(len(prompt))] & prompt).float()
+    masks = torch.stack([left < 1, rank < (lengths + 1) // 2, left < template_length, torch.ones_like(read)])
+    chosen = (masks[pools, torch.arange(len(read))] & read).float()
     return chosen / chosen.sum(1, keepdim=True)
-
-
-def prompt_tokens(batch: Batch) -> Bool[Tensor, "batch pos"]:
-    """The prompt's tokens: those before the response.
-
-    An example whose loss is over its full sequence (`Example.without_prompt`) is a prompt as a whole.
-    """
-    prompt = batch.attention & ~batch.response
-    whole = prompt.sum(1, keepdim=True) == 1
-    return torch.where(whole, batch.attention, prompt)
 
 
 def distillation(
@@ -254,7 +283,13 @@ class Redistribution:
     as_published: bool = False
     micro_batch: int | None = None
     relative: bool = False
-    """Divide L_match by its value at the first batch, so that a weight means the same for any model and match."""
+    """Divide each layer's term by its value at the first batch that has the same pools, so that a weight means the same
+    for any model, and no layer counts more for being wider."""
+    unbiased: bool = False
+    """Match gaps without the distance that sampling alone makes (`mean_gap`, `covariance_gap`), at any scale of states:
+    they are not divided once more."""
+    one_pool: bool = False
+    """One kind of pool a batch, and not one a prompt."""
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -262,29 +297,36 @@ class Redistribution:
         if not self.temperature > 0:
             raise ValueError(f"The temperature is {self.temperature:g}; it must be positive.")
 
-    def matching(
+    def terms(
         self,
         z: Float[Tensor, "layer batch d_model"],
         harmful: Bool[Tensor, " batch"],
-    ) -> Float[Tensor, ""]:
-        """L_match of one batch, without its weight."""
-        if self.match == "none":
-            return z.new_zeros(())
-        match = mean_matching if self.match == "mean" else covariance_matching
-        loss = partial(match, norm=self.norm, as_published=self.as_published)
+        *,
+        unbiased: bool = False,
+    ) -> Float[Tensor, "term layer"]:
+        """What is matched, for every layer: means, covariances, or both."""
+        losses: list[Any] = {
+            "none": [],
+            "mean": [mean_matching],
+            "covariance": [covariance_matching],
+            "mean and covariance": [mean_matching, covariance_matching],
+        }[self.match]
+        how: dict[str, Any] = {"norm": self.norm, "unbiased": unbiased}
+        how["as_published"] = self.as_published
         size = self.micro_batch or (2 if self.as_published else len(harmful))
         parts = zip(z.split(size, dim=1), harmful.split(size), strict=True)
-        return torch.stack([loss(part, harmful=who) for part, who in parts]).mean()
+        found = [[loss(part, who, **how) for loss in losses] for part, who in parts]
+        return torch.stack([torch.stack(each) for each in found]).mean(0)
 
     def weighted(
         self,
-        matching: Float[Tensor, ""],
+        terms: Float[Tensor, "term layer"],
+        scales: Float[Tensor, "term layer"],
         divergence: Float[Tensor, ""],
-        first: float,
     ) -> Float[Tensor, ""]:
-        """lambda L_match + kd L_KD, with L_match divided by `first`, its value at the first batch, if `relative`."""
-        scale = first if self.relative and first > 0 else 1.0
-        return self.weight * matching / scale + self.kd_weight * divergence
+        """lambda L_match + kd L_KD, where L_match is the mean over layers of each term as a multiple of its scale."""
+        matching = (terms / scales).mean(1).sum()
+        return self.weight * matching + self.kd_weight * divergence
 
     def extra_loss(self, harmful: Callable[[int], bool], *, teacher: Model | None, seed: int) -> RedistributionLoss:
         """The loss for `training.finetune`; `harmful` says of a row (`Batch.rows`) which kind it is.
@@ -309,6 +351,8 @@ class RedistributionLoss:
     teacher: Model | None
     generator: torch.Generator
     kept: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, Float[Tensor, "term layer"]] = field(default_factory=dict)
+    """By kind of pool, what terms are divided by; -1 where prompts of a batch have several."""
     records: list[dict[str, float]] = field(default_factory=list)
     """The two terms at each call, without their weights: "matching" and "distillation" (nats)."""
 
@@ -321,27 +365,34 @@ class RedistributionLoss:
         if len(self.kept) != model.layers:
             raise ValueError("No hidden states were kept: pass this loss's `interventions` to `finetune` as well.")
         settings, last = self.settings, self.kept[model.layers - 1]
-        matching = divergence = torch.zeros((), device=model.device)
+        divergence = torch.zeros((), device=model.device)
+        terms = scales = torch.ones(0, model.layers, device=model.device)
         if settings.match != "none":
-            weights = pool_weights(batch, settings.shares, self.generator, settings.template_length).to(_precise(last))
+            pools = draw_pools(settings.shares, len(batch.rows), self.generator, one=settings.one_pool)
+            weights = pool_weights(batch, pools, self.generator, settings.template_length).to(_precise(last))
             # layer by layer, so that the streams are not copied into one tensor
             z = torch.stack([torch.einsum("bpd,bp->bd", _precise(self.kept[i]), weights) for i in range(model.layers)])
             harmful = torch.tensor([bool(self.harmful(row)) for row in batch.rows], device=z.device)
-            matching = settings.matching(z, harmful)
+            terms = settings.terms(z, harmful, unbiased=settings.unbiased)
+            scales = self._scales(int(pools[0]) if settings.one_pool else -1, z.detach(), harmful)
         if settings.kd_weight:
             assert self.teacher is not None
-            ends = prompt_ends(batch).to(last.device)
+            ends = batch.attention.sum(1).to(last.device) - 1
             student = head(model, last[torch.arange(len(ends), device=last.device), ends])
             divergence = distillation(student, prompt_logits(self.teacher, batch), settings.temperature)
         self.kept.clear()  # the graph goes with the backward pass
-        self.records.append({"matching": matching.item(), "distillation": divergence.item()})
-        return settings.weighted(matching, divergence, first=self.records[0]["matching"])
+        self.records.append({"matching": (terms / scales).mean(1).sum().item(), "distillation": divergence.item()})
+        return settings.weighted(terms, scales, divergence)
 
-
-def prompt_ends(batch: Batch) -> Int[Tensor, " batch"]:
-    """The place of each prompt's last token."""
-    places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    return (prompt_tokens(batch) * places).amax(1)
+    def _scales(
+        self, pools: int, z: Float[Tensor, "layer batch d_model"], harmful: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, "term layer"]:
+        """The terms at the first batch with these pools; 1 where they are 0 or shares, or weights are not relative."""
+        if pools not in self.scales:
+            first = self.settings.terms(z, harmful)
+            divided = self.settings.relative and not self.settings.unbiased
+            self.scales[pools] = torch.where(first > 0, first, 1.0) if divided else torch.ones_like(first)
+        return self.scales[pools]
 
 
 def head(model: Model, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch vocabulary"]:
@@ -352,10 +403,8 @@ def head(model: Model, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, 
 
 @torch.no_grad()
 def prompt_logits(model: Model, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
-    """Float32 next-token logits after each prompt; tokens after the longest prompt are not read."""
-    after = prompt_ends(batch)[:, None] + 1
-    ids, attention = (
-        torch.nn.functional.pad(x, (0, 1))[:, : int(after.max()) + 1] for x in (batch.ids, batch.attention)
-    )
+    """Float32 next-token logits after prompts that are read to their ends."""
+    after = batch.attention.sum(1, keepdim=True)
+    ids, attention = (torch.nn.functional.pad(x, (0, 1)) for x in (batch.ids, batch.attention))
     answer = torch.zeros_like(attention).scatter(1, after, True)
     return response_logits(model, Batch(ids, attention, answer, batch.rows), share_prefix=True)

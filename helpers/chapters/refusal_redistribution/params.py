@@ -7,10 +7,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from helpers import corpora
-from helpers.params import BATCH, EACH, LESS, LITTLE, SIZE, TIME, check_count
+from helpers.params import BATCH, EACH, LESS, LITTLE, SIZE, TIME, ParameterError, check_count
 from helpers.studies.params import AlignedParams
 
-Condition = Literal["LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
+Condition = Literal["LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Mean+Cov+KD", "Cov+KD as published"]
+
+Attacker = Literal[
+    "means, zero",
+    "means, affine",
+    "paired, zero",
+    "paired, affine",
+    "residualised, affine",
+    "LEACE",
+    "logistic probe",
+    "optimised",
+    "random",
+    "finetuned",
+]
 
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -31,6 +44,16 @@ class RefusalParams(AlignedParams):
 
     @model_validator(mode="after")
     def _enough(self) -> "RefusalParams":
+        if not any(name.endswith(("zero", "affine")) for name in self.attackers):
+            raise ParameterError(
+                "Parameter 'attackers' names no difference of means, such as 'means, affine': add one, from which the "
+                "optimised direction starts."
+            )
+        if self.data != "bundled" and any(name.startswith("paired") for name in self.attackers):
+            raise ParameterError(
+                f"Parameter 'attackers' names a paired contrast, and only the bundled data have paired requests, not "
+                f"{self.data!r}: leave it out."
+            )
         if self.data == "bundled":
             test = min(len(corpora.load_refusal(kind, "test")) for kind in ("harmful", "harmless"))
             train = min(len(corpora.load_refusal(kind, "train")) for kind in ("harmful", "harmless"))
@@ -48,11 +71,19 @@ class RefusalParams(AlignedParams):
         description="losses that the start model is trained on under, each then attacked",
         json_schema_extra=EACH,
     )
+    attackers: tuple[Attacker, ...] = Field(
+        min_length=1,
+        description="ways to find a direction, whose damage is measured; the first one starts the optimised",
+        json_schema_extra=EACH,
+    )
     start_requests: int = Field(
-        ge=2, le=1000, description="test requests of each kind that models answer unattacked", json_schema_extra=TIME
+        ge=2,
+        le=1000,
+        description="test requests of each kind that models answer unattacked, and that damage is measured on",
+        json_schema_extra=TIME,
     )
     requests: int = Field(
-        ge=2, le=1000, description="test requests of each kind that every attack is judged on", json_schema_extra=TIME
+        ge=2, le=1000, description="test requests of each kind that K* is judged on", json_schema_extra=TIME
     )
     prompts: int = Field(
         ge=2,
@@ -74,15 +105,15 @@ class RefusalParams(AlignedParams):
     )
     steps: int = Field(ge=1, le=100_000, description="optimizer steps of a condition", json_schema_extra=TIME)
     batch_size: int = Field(
-        ge=4,
+        ge=8,
         le=512,
         multiple_of=2,
-        description="prompts in a batch, half harmful; covariances need two of a kind",
+        description="prompts in a batch, half harmful; unbiased covariances need four of a kind",
         json_schema_extra=BATCH,
     )
     learning_rate: float = Field(gt=0, le=1, allow_inf_nan=False, description="peak learning rate of AdamW")
     lora_rank: int = Field(ge=1, le=512, description="rank of the trained adapters")
-    weight: Weight = Field(description="lambda, the weight of the matching loss, which is 1 before the first step")
+    weight: Weight = Field(description="lambda, the weight of the matching loss")
     kd_weight: Weight = Field(description="weight of the distillation from the start model")
     temperature: float = Field(gt=0, le=100, allow_inf_nan=False, description="temperature of the distillation")
     max_new_tokens: int = Field(

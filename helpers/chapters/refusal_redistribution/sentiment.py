@@ -1,7 +1,8 @@
 """Mean matching against concept erasure, on sentiment: the source's proof of concept (chapter 4).
 
-A model goes on reading reviews as language, and is trained to have equal mean states for both sentiments. Can a probe
-still tell them apart? Beside it stand erasers of the states that the same training without matching leaves.
+A model goes on reading reviews as language, each with the question of its sentiment behind it, and is trained to have
+equal mean states for both sentiments where the answer would be, or equal covariances. Can a probe still tell them
+apart? Beside it stand erasers of the states that the same training without matching leaves.
 """
 
 from __future__ import annotations
@@ -12,25 +13,31 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
-from helpers.activations import ReadMean, mean_activations
 from helpers.artifacts import Artifact
 from helpers.chapters.refusal_redistribution.method import PoolShares, Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chat import Example, balanced_batches
-from helpers.interventions import applied
-from helpers.losses import sequence_losses
+from helpers.losses import evaluate_losses
 from helpers.models import Model, release_memory
+from helpers.studies.directions import prompt_states
 from helpers.studies.study import Finetuning, Study
+
+Matched = Literal["mean", "covariance"]
+
+ASKED = "\nSentiment:"
+"""Stands behind each review: at its last token the model is about to name the sentiment."""
+
+LONGEST = 256
+"""Tokens of a review that are read."""
 
 
 @dataclass(frozen=True)
 class ReviewStates:
-    """What a model makes of the reviews: mean states of its last block, over each review's tokens."""
+    """What a model makes of the reviews: states of its last block at the last token of what is asked."""
 
     train: Float[np.ndarray, "train d_model"]
     test: Float[np.ndarray, "test d_model"]
@@ -48,14 +55,15 @@ class SentimentStudy(Study[RefusalParams]):
         self.train, self.train_labels = _reviews(params, "train")
         self.test, self.test_labels = _reviews(params, "test")
 
-    def states(self, weight: float | None) -> ReviewStates:
-        """The model as it is (None), or finetuned with the mean matching at this weight (0: on language alone)."""
+    def states(self, weight: float | None, match: Matched = "mean") -> ReviewStates:
+        """The model as it is (None), or finetuned with means (L1) or covariances matched at this weight (0: on language
+        alone)."""
         p = self.params
         recipe = Finetuning(p.sentiment_steps, p.batch_size, p.learning_rate, p.seed, p.lora_rank)
         artifact = self.stage(
             "review-states",
-            lambda: review_states(self, recipe, weight),
-            {"train": self.train, "test": self.test, "weight": weight, "recipe": asdict(recipe)},
+            lambda: review_states(self, recipe, weight, match),
+            {"train": self.train, "test": self.test, "weight": weight, "match": match, "recipe": asdict(recipe)},
         )
         train, test, losses = (artifact.tensors[name].numpy() for name in ("train", "test", "losses"))
         return ReviewStates(train, test, losses, tuple(artifact.facts["training"]))
@@ -64,34 +72,40 @@ class SentimentStudy(Study[RefusalParams]):
         """Plain text without a chat template; padding carries no loss (in the source's code it does)."""
         tokenizer = self.base.tokenizer
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        kept = [tokenizer(text, add_special_tokens=False)["input_ids"][:256] for text in reviews]
-        return [Example((begin, *ids), 1) for ids in kept]
+        asked = tokenizer(ASKED, add_special_tokens=False)["input_ids"]
+        kept = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in reviews]
+        return [Example((begin, *ids, *asked), 1) for ids in kept]
 
 
 def review_states(
-    study: SentimentStudy, recipe: Finetuning, weight: float | None
+    study: SentimentStudy, recipe: Finetuning, weight: float | None, match: Matched
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stage "review-states": what a model makes of the reviews, after finetuning unless the weight is None."""
     release_memory()
-    model, training = (study.base, ()) if weight is None else finetuned(study, recipe, weight)
-    test, losses = states_and_losses(model, study.texts(study.test))
-    train = mean_activations(model, study.texts(study.train), layers=[model.layers - 1])[0]
-    return {"train": train, "test": test, "losses": losses}, {"training": training}
+    model, training = (study.base, ()) if weight is None else finetuned(study, recipe, weight, match)
+    read = {name: study.texts(reviews) for name, reviews in (("train", study.train), ("test", study.test))}
+    last = [model.layers - 1]
+    states = {name: prompt_states(model, texts, last, (-1,))[:, 0, 0] for name, texts in read.items()}
+    return {**states, "losses": evaluate_losses(model, read["test"], batch_size=32)}, {"training": training}
 
 
-def finetuned(study: SentimentStudy, recipe: Finetuning, weight: float) -> tuple[Model, tuple[float, ...]]:
-    """The base model trained to read the reviews as language, and to have equal means for both sentiments."""
+def finetuned(
+    study: SentimentStudy, recipe: Finetuning, weight: float, match: Matched
+) -> tuple[Model, tuple[float, ...]]:
+    """The base model trained to read the reviews as language, and to have equal means or covariances for both
+    sentiments at the last token."""
     examples = study.texts(study.train)
     good, bad = (
         [e for e, label in zip(examples, study.train_labels, strict=True) if label == which] for which in (True, False)
     )
     loss = Redistribution(
-        match="mean" if weight else "none",
-        norm="L2",
+        match=match if weight else "none",
+        norm="L1" if match == "mean" else "L2",
         weight=weight,
         kd_weight=0.0,
-        shares=PoolShares(0.0, 0.0, 0.0, 1.0),
+        shares=PoolShares(1.0, 0.0, 0.0, 0.0),
         relative=True,
+        unbiased=match == "covariance",
     )
     extra = loss.extra_loss(lambda row: row < len(good), teacher=None, seed=recipe.seed)
     pad = study.base.tokenizer.pad_token_id
@@ -100,24 +114,10 @@ def finetuned(study: SentimentStudy, recipe: Finetuning, weight: float) -> tuple
         balanced_batches(good, bad, recipe.steps, recipe.batch_size, recipe.seed, pad),
         interventions=extra.interventions if weight else (),
         extra_loss=extra if weight else None,
-        label=f"matching means, weight {weight:g}",
+        label=f"matching a {match}, weight {weight:g}",
     )
     # its digest names no stage: these weights are used here and not kept
-    return study.load([Artifact("matching means", model.trained_tensors())], weights="cast"), log.losses
-
-
-@torch.no_grad()
-def states_and_losses(
-    model: Model, examples: Sequence[Example]
-) -> tuple[Float[Tensor, "example d_model"], Float[Tensor, " example"]]:
-    """Mean states of the last block and response losses, from one pass."""
-    last, means = model.layers - 1, dict[int, Tensor]()
-    states, losses = torch.empty(len(examples), model.width), torch.empty(len(examples))
-    with applied(model, ReadMean([last], "response", means)):
-        for batch in model.batches(examples, 32):
-            losses[list(batch.rows)] = sequence_losses(model, batch).cpu()
-            states[list(batch.rows)] = means[last].cpu()
-    return states, losses
+    return study.load([Artifact("matching reviews", model.trained_tensors())], weights="cast"), log.losses
 
 
 def _reviews(params: RefusalParams, split: Literal["train", "test"]) -> tuple[list[str], Bool[np.ndarray, " review"]]:

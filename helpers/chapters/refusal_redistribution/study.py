@@ -18,58 +18,76 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.artifacts import Artifact
-from helpers.chapters.refusal_redistribution.attack import (
-    AttackSettings,
-    ByBehaviour,
-    SuccessiveHalving,
-    attacked_layers,
-    by_behaviour,
-    candidate_directions,
-    coherent,
-    iterated_ablation,
+from helpers.chapters.refusal_redistribution.attack import AttackSettings, coherent, iterated_ablation
+from helpers.chapters.refusal_redistribution.attackers import (
+    FINETUNED,
+    SEARCHED,
+    Attack,
+    Optimisation,
+    leace_directions,
+    optimised_direction,
     probe_direction,
-    prompt_states,
-    top_subspace,
+    searched,
 )
+from helpers.chapters.refusal_redistribution.damage import SCALES, Damage, DamageCurve, damage_curve
 from helpers.chapters.refusal_redistribution.method import Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
-from helpers.chat import Answer, answer_facts, answers_of, balanced_batches
-from helpers.forward import PromptSet
+from helpers.chat import Answer, Example, answer_facts, answers_of, balanced_batches
+from helpers.forward import PromptSet, common_beginning
 from helpers.generation import generate
-from helpers.interventions import AblateRows
+from helpers.interventions import AblateAffine, AblateRows
 from helpers.judges.refusal import is_refusal
 from helpers.losses import kl_divergence
 from helpers.models import Model, finetuned_digest, release_memory
-from helpers.probes import fit_leace, orthonormal
+from helpers.probes import orthonormal
 from helpers.progress import progress
-from helpers.studies.alignment import AlignedStudy, own_openers, refusal_openers
+from helpers.studies.ablation_scores import SuccessiveHalving
+from helpers.studies.card import CardedStudy, Contrast, Search
+from helpers.studies.directions import (
+    ByBehaviour,
+    attacked_layers,
+    by_behaviour,
+    header_positions,
+    prompt_states,
+)
+from helpers.studies.margins import opening_log_odds
 from helpers.studies.study import Finetuning
 
-Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]
+Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Mean+Cov+KD", "Cov+KD as published"]
 Kind = Literal["harmful", "harmless", "paired", "borderline"]
 ATTACKED: tuple[Kind, Kind] = ("harmful", "harmless")
 
 MATCHES: Mapping[str, dict[str, Any]] = {
     "LM": {"match": "none"},
     "L1": {"match": "mean", "norm": "L1"},
-    "Cov": {"match": "covariance", "norm": "L2"},
+    "Cov": {"match": "covariance", "norm": "L2", "unbiased": True},
+    "Mean+Cov": {"match": "mean and covariance", "norm": "L2", "unbiased": True},
 }
 
 
-def redistribution(condition: str, params: RefusalParams) -> Redistribution:
-    """The extra loss of a condition, such as "Cov+KD". Raises `ValueError` for one that does not exist."""
+def redistribution(condition: str, params: RefusalParams, template_length: int = 5) -> Redistribution:
+    """The extra loss of a condition, such as "Cov+KD", for a header of so many tokens.
+
+    As published, pools are drawn for each prompt, and gaps are squared as they are. Raises `ValueError` for a condition
+    that does not exist.
+    """
     if condition == "start" or condition not in get_args(Condition):
         raise ValueError(
             f"There is no condition {condition!r} to train; choose from {', '.join(get_args(Condition)[1:])}."
         )
     name, as_published = condition.removesuffix(" as published"), condition.endswith("as published")
+    match = MATCHES[name.removesuffix("+KD")]
+    if as_published:
+        match = {**match, "unbiased": False}
     return Redistribution(
-        **MATCHES[name.removesuffix("+KD")],
+        **match,
         weight=params.weight,
         kd_weight=params.kd_weight if name.endswith("+KD") else 0.0,
         temperature=params.temperature,
+        template_length=template_length,
         as_published=as_published,
         relative=True,
+        one_pool=not as_published,
     )
 
 
@@ -95,7 +113,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Attack:
+class Iterated:
     """Directions found one after another, and the model without the first k of them in row k."""
 
     directions: Float[Tensor, "k d_model"]
@@ -104,21 +122,16 @@ class Attack:
     judged: Judged
 
 
-class RefusalStudy(AlignedStudy[RefusalParams]):
+class RefusalStudy(CardedStudy[RefusalParams]):
     """The chapter's models and requests, by its parameters."""
 
     def __init__(self, params: RefusalParams) -> None:
         super().__init__(params, weights="cast")
         self.train, self.attackers, others = _requests(params)
         self.held_out = {kind: texts[: params.start_requests] for kind, texts in others.items()}
-        """What models answer without an attack: answers cost little there, so these can be more."""
+        """What models answer without an attack, and what damage is measured on."""
         self.test = {kind: texts[: params.requests] for kind, texts in others.items()}
-        tokenizer = self.base.tokenizer
-        self.refusal_ids = list(
-            refusal_openers(tokenizer) if params.start == "taught" else own_openers(self.base.name, tokenizer)
-        )
-        """A refusal is recognised by its first token: one of those that were taught, or else of the model's own, which
-        are the source's "I" where nobody measured them."""
+        """What the attack direction by direction is judged on: every row of it is answered."""
         self._last: tuple[str, Model] | None = None
 
     def model(self, condition: str, seed: int | None = None) -> Model:
@@ -138,12 +151,16 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
 
     def digest(self, condition: str, seed: int | None = None) -> str:
         """The digest of `model(condition, seed)`, which is not loaded."""
-        trained = [] if condition == "start" else [self.trained(condition, seed)]
-        return finetuned_digest(self.base.digest, [run.key for run in (*self.start, *trained)])
+        return finetuned_digest(self.base.digest, [run.key for run in self.made(condition, seed)])
+
+    def made(self, condition: str, seed: int | None = None) -> list[Artifact]:
+        """The runs that make `model(condition, seed)` of the base model."""
+        return [*self.start, *([] if condition == "start" else [self.trained(condition, seed)])]
 
     def trained(self, condition: str, seed: int | None = None, steps: int | None = None) -> Artifact:
         """What `finetune` makes of the start model; by default at the parameters' first seed, for all their steps."""
-        p, loss = self.params, redistribution(condition, self.params)
+        p, header = self.params, len(header_positions(self.base.tokenizer))
+        loss = redistribution(condition, p, header)
         seed, steps = p.seed if seed is None else seed, p.steps if steps is None else steps
         recipe = Finetuning(steps, p.batch_size, p.learning_rate, seed, p.lora_rank)
         return self.stage(
@@ -185,7 +202,53 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
         answers = {kind: [answers_of(row) for row in rows] for kind, rows in facts["answers"].items()}
         return Judged(answers, np.array(facts["kl"]), base_nll)
 
-    def attack(self, condition: str, seed: int | None = None) -> Attack:
+    def candidates(self, condition: str, seed: int | None = None, contrasts: Sequence[Contrast] = ()) -> Search:
+        """Candidate directions from the attacker's requests, scored; by default of the contrasts that the attackers
+        need."""
+        needed = dict.fromkeys(SEARCHED[a][0] for a in self.params.attackers if a in SEARCHED)
+        return self.search(
+            self.digest(condition, seed),
+            partial(self.model, condition, seed),
+            {str(kind): texts for kind, texts in self.attackers.items()},
+            tuple(contrasts or needed),
+            self.settings.layers or (),
+            self.params.scored_on,
+        )
+
+    def card(self) -> Search:
+        """The second half of the start model's card: plain and paired contrasts, beside those that attackers need."""
+        needed = dict.fromkeys(SEARCHED[a][0] for a in self.params.attackers if a in SEARCHED)
+        bundled: tuple[Contrast, ...] = ("harmless", "paired") if "paired" in self.attackers else ("harmless",)
+        return self.candidates("start", contrasts=tuple({**dict.fromkeys(bundled), **needed}))
+
+    def damage(self, condition: str, seed: int | None = None) -> Damage:
+        """What each attacker's ablation does to the held-out requests, by its scale, and the answers at scale 1."""
+        how = Optimisation()
+
+        def found() -> Search:
+            return self.card() if condition == "start" else self.candidates(condition, seed)
+
+        artifact = self.stage(
+            "attack-damage",
+            lambda: damage(self, self.model(condition, seed), self.made(condition, seed), found(), how),
+            {
+                "attackers": list(self.params.attackers),
+                "prompts": self.attackers,
+                "requests": self.held_out,
+                "layers": list(self.settings.layers or ()),
+                "scored_on": self.params.scored_on,
+                "openers": self.refusal_ids,
+                "optimisation": asdict(how),
+                "finetuned on": [asdict(row) for row in FINETUNED.rows()],
+                "finetuning": asdict(FINETUNED),
+                "scales": list(SCALES),
+                "max_new_tokens": self.params.max_new_tokens,
+            },
+            model=self.digest(condition, seed),
+        )
+        return Damage.of(artifact.facts["attacks"])
+
+    def attack(self, condition: str, seed: int | None = None) -> Iterated:
         """Up to `k_max` directions found on the attacker's requests, one after another, judged on the test requests.
 
         Where the search ends early, what the last direction left is what further ones would leave.
@@ -205,13 +268,13 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
         )
         directions, steps = artifact.tensors["directions"], tuple(artifact.facts["steps"])
         bases = [directions[: min(k, len(directions))] for k in range(1, p.k_max + 1)]
-        return Attack(directions, steps, self._judged(digest, model, bases))
+        return Iterated(directions, steps, self._judged(digest, model, bases))
 
     @property
     def settings(self) -> AttackSettings:
         """Where the attack looks for directions."""
         p = self.params
-        layers = attacked_layers(self.base)[:: p.stride]
+        layers = attacked_layers(self.base)[:: -p.stride][::-1]  # the last always, where refusal is read off most
         return AttackSettings(layers=layers, halving=SuccessiveHalving(p.keep), scored_on=p.scored_on)
 
     @property
@@ -224,28 +287,15 @@ class RefusalStudy(AlignedStudy[RefusalParams]):
         harmful, harmless = (self.encoded(requests[kind]) for kind in ATTACKED)
         return by_behaviour(model, harmful, harmless, self.refusal_ids)
 
-    def states(self, model: Model, layers: Sequence[int]) -> dict[str, Float[Tensor, "prompt layer position d_model"]]:
+    def states(
+        self, model: Model, layers: Sequence[int], parts: Sequence[str] = ("train", "test")
+    ) -> dict[str, Float[Tensor, "prompt layer position d_model"]]:
         """Block outputs at the last positions of the training requests ("train") and of the held-out ones ("test"):
         harmful ones first, then harmless."""
+        texts = {"train": self.train, "test": self.held_out}
         return {
-            name: torch.cat([prompt_states(model, self.encoded(texts[kind]), layers) for kind in ATTACKED])
-            for name, texts in (("train", self.train), ("test", self.held_out))
-        }
-
-    def strongest(self, model: Model) -> dict[str, Float[Tensor, "_ d_model"]]:
-        """Attacks that do not go direction by direction: sets of orthonormal directions, by name."""
-        p, layer = self.params, self.probed_layer
-        kept = self.by_behaviour(model, self.attackers)
-        prompts = [kept.harmful, kept.harmless]
-        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
-        harmful = torch.arange(len(x)) < len(prompts[0])
-        leace = fit_leace(x.double().numpy(), harmful.numpy())
-        both = torch.from_numpy(np.vstack([leace.directions, leace.readout])).float()
-        candidates = candidate_directions(model, prompts[0], prompts[1], self.settings.layers or ())
-        return {
-            "logistic probe": probe_direction(x, harmful),
-            "LEACE": orthonormal(both),
-            f"top {p.k_max} subspace": top_subspace(candidates, min(p.k_max, candidates[..., 0].numel())),
+            name: torch.cat([prompt_states(model, self.encoded(texts[name][kind]), layers) for kind in ATTACKED])
+            for name in parts
         }
 
 
@@ -257,9 +307,9 @@ def redistribute(
     Trained tensors, and the loss's terms by step.
     """
     release_memory()
-    harmful, harmless = (
-        [example.without_prompt() for example in study.encoded(study.train[kind])] for kind in ATTACKED
-    )
+    encoded = [study.encoded(study.train[kind]) for kind in ATTACKED]
+    begin = max(1, common_beginning([example for kind in encoded for example in kind]))  # the system message: no loss
+    harmful, harmless = ([Example(example.ids, begin) for example in kind] for kind in encoded)
     teacher = study.model("start") if loss.kd_weight else None
     extra = loss.extra_loss(lambda row: row < len(harmful), teacher=teacher, seed=recipe.seed)
     pad = study.base.tokenizer.pad_token_id
@@ -308,6 +358,120 @@ def judge(study: RefusalStudy, model: Model, bases: Sequence[Float[Tensor, "_ d_
     }
 
 
+def damage(
+    study: RefusalStudy, model: Model, made: Sequence[Artifact], found: Search, how: Optimisation
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Stage "attack-damage": every attacker's directions, their curves on the held-out requests, and answers."""
+    release_memory()
+    asked = {kind: study.encoded(study.held_out[kind]) for kind in ATTACKED}
+    facts = []
+    measured: dict[tuple[str, int, int], DamageCurve] = {}  # rules often take one candidate
+    for attack in attacks(study, model, found, how):
+        place = attack.attacker, attack.layer, attack.position
+        if place not in measured:
+            measured[place] = damage_curve(
+                model,
+                attack.directions,
+                asked["harmful"],
+                asked["harmless"],
+                refusal_ids=study.refusal_ids,
+                centre=attack.centre,
+            )
+        curve = measured[place]
+        said = []
+        if attack.rule in ("-1", "fitted"):
+            ablation = AblateAffine(attack.directions, attack.centre)
+            limit = study.params.max_new_tokens
+            said = generate(model, asked["harmful"], max_new_tokens=limit, interventions=(ablation,), batch_size=320)
+        facts.append(
+            {
+                "attacker": attack.attacker,
+                "rule": attack.rule,
+                "layer": attack.layer,
+                "position": attack.position,
+                "fallback": attack.fallback,
+                "scales": curve.scales.tolist(),
+                "log_odds": curve.log_odds.tolist(),
+                "kl": curve.kl.tolist(),
+                "said": answer_facts(said),
+            }
+        )
+    if "finetuned" in study.params.attackers:
+        curve, answers = finetuned(study, model, made)
+        facts.append(
+            {
+                "attacker": "finetuned",
+                "rule": "fitted",
+                "layer": None,
+                "position": None,
+                "fallback": False,
+                "scales": curve.scales.tolist(),
+                "log_odds": curve.log_odds.tolist(),
+                "kl": curve.kl.tolist(),
+                "said": answer_facts(answers),
+            }
+        )
+    return {}, {"attacks": facts}
+
+
+def finetuned(study: RefusalStudy, model: Model, made: Sequence[Artifact]) -> tuple[DamageCurve, list[Answer]]:
+    """What finetuning on a few compliant answers does to refusal, by its steps, and the answers after the last.
+
+    Every number of steps is a run of its own. `made` are the runs that made the model of the base model.
+    """
+    harmful, harmless = (study.encoded(study.held_out[kind]) for kind in ATTACKED)
+    rows = FINETUNED.rows()
+    examples = study.encoded([row.request for row in rows], [row.reply for row in rows])
+    before, attacked = PromptSet.of(model, harmless).last_logits(model), model
+    log_odds, kl = [], []
+    for steps in FINETUNED.steps:
+        if steps:
+            recipe = Finetuning(steps, len(rows), FINETUNED.learning_rate, study.params.seed, FINETUNED.rank)
+            batches = recipe.batches(examples, study.base.tokenizer.pad_token_id)
+            attacked, _ = study.finetune(recipe, batches, start=made, label="finetuning attack")
+        log_odds.append(opening_log_odds(attacked, harmful, study.refusal_ids))
+        after = PromptSet.of(attacked, harmless).last_logits(attacked)
+        kl.append(kl_divergence(before, after).double().cpu().numpy())
+    answers = generate(attacked, harmful, max_new_tokens=study.params.max_new_tokens, batch_size=320)
+    return DamageCurve(np.array(FINETUNED.steps, dtype=float), np.stack(log_odds), np.stack(kl)), answers
+
+
+def attacks(study: RefusalStudy, model: Model, found: Search, how: Optimisation) -> list[Attack]:
+    """What each of the chapter's attackers takes, from the attacker's own requests."""
+    kept, layer = study.by_behaviour(model, study.attackers), study.probed_layer
+    every: list[Attack] = []
+    for name in study.params.attackers:
+        if name == "finetuned":
+            continue
+        if name in SEARCHED:
+            every += [searched(found, name, rule) for rule in ("source", "0", "-1")]
+            continue
+        if name == "optimised":
+            first = searched(found, next(a for a in study.params.attackers if a in SEARCHED), "-1")
+            centre = found.centres[found.positions.index(first.position)]
+            direction = optimised_direction(
+                model,
+                first.directions[0],
+                kept.harmful,
+                kept.harmless,
+                refusal_ids=study.refusal_ids,
+                centre=centre,
+                how=how,
+            )
+            every.append(Attack(name, "fitted", direction, centre, first.layer, first.position))
+            continue
+        if name == "random":
+            draw = torch.randn(1, model.width, generator=torch.Generator().manual_seed(0))
+            every.append(Attack(name, "fitted", orthonormal(draw), found.centres[-1], layer, -1))
+            continue
+        prompts = [kept.harmful, kept.harmless]
+        x = torch.cat([prompt_states(model, part, [layer], (-1,))[:, 0, 0] for part in prompts])
+        fit = leace_directions if name == "LEACE" else probe_direction
+        directions = fit(x, torch.arange(len(x)) < len(prompts[0]))
+        every.append(Attack(name, "fitted", directions, found.centres[-1], layer, -1))
+    return every
+
+
 def attack(
     study: RefusalStudy, model: Model, requests: Mapping[Kind, Sequence[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -334,7 +498,7 @@ def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, 
     known: dict[Kind, list[str]] = {}
     test: dict[Kind, list[str]] = {k: [row.request for row in corpora.load_refusal(k, "test")] for k in kinds}
     if params.data == "bundled":
-        known = {k: [row.request for row in corpora.load_refusal(k, "train")] for k in ATTACKED}
+        known = {k: [row.request for row in corpora.load_refusal(k, "train")] for k in kinds if k != "borderline"}
         for texts in known.values():
             random.Random(42).shuffle(texts)
     else:
@@ -345,4 +509,4 @@ def _requests(params: RefusalParams) -> tuple[dict[Kind, list[str]], dict[Kind, 
         for k, texts in of_kind.items():
             known[k], test[k] = texts[size // 5 : size], texts[: size // 5]
     attackers = {k: texts[: params.prompts] for k, texts in known.items()}
-    return {k: texts[params.prompts :] for k, texts in known.items()}, attackers, test
+    return {k: known[k][params.prompts :] for k in ATTACKED}, attackers, test

@@ -7,35 +7,33 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.chapters.refusal_redistribution.attack import (
-    AttackSettings,
-    Scores,
-    SuccessiveHalving,
-    _Scorer,
-    ablating,
-    attacked_layers,
-    by_behaviour,
-    candidate_directions,
-    candidate_table,
-    choose,
-    damage_at,
-    damage_curve,
-    difference_of_means,
-    header_positions,
-    iterated_ablation,
-    least_kl,
-    probe_direction,
-    ranking,
-    score_by_halving,
-    score_exhaustively,
-    site_means,
-    top_subspace,
-)
+from helpers.chapters.refusal_redistribution.attack import AttackSettings, iterated_ablation
+from helpers.chapters.refusal_redistribution.damage import damage_at, damage_curve
 from helpers.chat import encode
 from helpers.forward import PromptSet
 from helpers.interventions import READ_AND_WRITTEN, Ablate, AblateAffine, Steer, applied
 from helpers.models import load
 from helpers.probes import orthonormal
+from helpers.studies.ablation_scores import (
+    Scores,
+    SuccessiveHalving,
+    _Scorer,
+    candidate_table,
+    choose,
+    least_kl,
+    ranking,
+    score_by_halving,
+    score_exhaustively,
+)
+from helpers.studies.directions import (
+    ablating,
+    attacked_layers,
+    by_behaviour,
+    candidate_directions,
+    difference_of_means,
+    header_positions,
+    site_means,
+)
 from helpers.studies.margins import refusal_log_odds
 
 WIDTH = 32
@@ -595,38 +593,3 @@ def test_an_attack_leaves_no_hook_and_no_gradient(tiny, prompts, hook_count):
 def test_a_frozen_model_can_be_attacked_as_well(prompts):
     steps = iterated_ablation(load("tiny-random", dtype="float32", weights="frozen"), *prompts, 1, refusal_ids=REFUSAL)
     assert len(steps) == 1
-
-
-# Stronger attackers
-
-
-def test_a_probes_direction_is_the_planted_one_whatever_the_scale_of_its_features():
-    v = torch.nn.functional.normalize(random(WIDTH), dim=0)
-    harmful = torch.arange(400) % 2 == 0
-    x = 0.3 * random(400, WIDTH, seed=1)
-    x = x - (x @ v)[:, None] * v + (2.0 * harmful - 1)[:, None] * v + 0.3 * random(400, 1, seed=2) * v
-    for scale in (torch.ones(WIDTH), torch.linspace(0.1, 10, WIDTH)):
-        found = probe_direction(x * scale, harmful)
-        assert found.shape == (1, WIDTH) and float(found.norm()) == pytest.approx(1, abs=1e-5)
-        side = (x * scale - (x * scale).mean(0)) @ found[0]
-        assert torch.equal(side > 0, harmful)  # towards harmful
-        boundary = torch.nn.functional.normalize(probe_direction(x, harmful) / scale)  # the same one, rescaled
-        torch.testing.assert_close(found, boundary, atol=1e-4, rtol=0)
-    assert float(probe_direction(x, harmful)[0] @ v) > 0.9
-    constant = torch.cat([x, torch.ones(400, 1)], dim=1)
-    assert float(probe_direction(constant, harmful)[0, -1]) == 0
-    with pytest.raises(ValueError, match="both harmful and harmless"):
-        probe_direction(x, torch.ones(400, dtype=torch.bool))
-
-
-def test_the_top_subspace_is_that_of_the_differences_whatever_their_length():
-    u, w = orthonormal(random(2, WIDTH))
-    rows = torch.stack([u, u + 0.1 * w, u - 0.1 * w, u + 0.2 * w, u, u])
-    candidates = (rows * torch.tensor([1.0, 50, 0.1, 3, 7, 2])[:, None]).view(2, 3, WIDTH)
-    found = top_subspace(candidates, 2)
-    torch.testing.assert_close(found @ found.T, torch.eye(2), atol=1e-5, rtol=0)
-    assert abs(float(found[0] @ u)) > 0.99 and abs(float(found[1] @ w)) > 0.99
-    torch.testing.assert_close(top_subspace(3 * candidates, 1), found[:1], atol=1e-5, rtol=0)
-    for k in (0, 3):
-        with pytest.raises(ValueError, match=f"A subspace of {k} directions cannot be had: .* span 2"):
-            top_subspace(candidates, k)

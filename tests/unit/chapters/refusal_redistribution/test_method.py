@@ -6,17 +6,18 @@ from itertools import islice
 import pytest
 import torch
 
+from helpers.chapters.refusal_redistribution import method
 from helpers.chapters.refusal_redistribution.method import (
     KeepStream,
     PoolShares,
     Redistribution,
+    covariance_gap,
     covariance_loss,
-    covariance_matching,
     distillation,
+    draw_pools,
     head,
+    mean_gap,
     mean_loss,
-    mean_matching,
-    pool,
     pool_weights,
     prompt_logits,
 )
@@ -31,6 +32,19 @@ PAD, WIDTH = 2, 32
 
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mean_matching(z, harmful, norm="L2", **how):
+    return method.mean_matching(z, harmful, norm, **how).mean()
+
+
+def covariance_matching(z, harmful, norm="L2", **how):
+    return method.covariance_matching(z, harmful, norm, **how).mean()
+
+
+def matching(settings, z, harmful):
+    """What a match of one term comes to, without scales."""
+    return settings.terms(z, harmful, unbiased=settings.unbiased).mean()
 
 
 def kinds(harmful, harmless):
@@ -72,19 +86,54 @@ def test_losses_of_two_classes_are_those_of_the_batch_that_holds_both(norm):
     harmful = kinds(4, 6)
     z = random(2, 10, 40)
     one, other = z[:, harmful], z[:, ~harmful]
-    torch.testing.assert_close(mean_loss(one, other, norm), mean_matching(z, harmful, norm))
-    torch.testing.assert_close(covariance_loss(one, other, norm), covariance_matching(z, harmful, norm))
+    torch.testing.assert_close(mean_loss(one, other, norm).mean(), mean_matching(z, harmful, norm))
+    torch.testing.assert_close(covariance_loss(one, other, norm).mean(), covariance_matching(z, harmful, norm))
     torch.testing.assert_close(covariance_loss(one, other, norm), covariance_loss(other, one, norm))
-    assert float(covariance_loss(one, one + 3.0, norm)) == pytest.approx(0, abs=1e-12)
+    assert float(covariance_loss(one, one + 3.0, norm).abs().max()) == pytest.approx(0, abs=1e-12)
+    for layer in range(2):
+        one_layer = [x[layer : layer + 1] for x in (one, other)]
+        torch.testing.assert_close(covariance_loss(*one_layer, norm), covariance_loss(one, other, norm)[[layer]])
 
 
-def test_the_two_terms_are_weighted_and_only_a_relative_match_is_divided_by_its_first_value():
-    matching, divergence = torch.tensor(6.0), torch.tensor(0.5)
-    settings = Redistribution("mean", weight=10.0, kd_weight=4.0)
-    assert float(settings.weighted(matching, divergence, first=3.0)) == 62.0
-    relative = replace(settings, relative=True)
-    assert float(relative.weighted(matching, divergence, first=3.0)) == 22.0
-    assert float(relative.weighted(matching, divergence, first=0.0)) == 62.0
+def test_gaps_are_products_of_the_two_halves_of_a_batch():
+    one, other = random(2, 8, 40), random(2, 10, 40, seed=1)
+    halves = [x[:, half::2] for half in (0, 1) for x in (one, other)]
+    z = torch.cat([one, other], 1)
+    means = [halves[i].mean(1) - halves[i + 1].mean(1) for i in (0, 2)]
+    torch.testing.assert_close(mean_gap(one, other), (means[0] * means[1]).sum(1) / z.var(1).sum(1))
+    s = [torch.stack([torch.cov(layer.T) for layer in half]) for half in halves]  # S_1a, S_0a, S_1b, S_0b
+    products = [
+        (first * second).sum((1, 2)) for first, second in ((s[0] - s[1], s[2] - s[3]), (s[0], s[2]), (s[1], s[3]))
+    ]
+    torch.testing.assert_close(covariance_gap(one, other), products[0] / (products[1] + products[2]))
+    harmful = torch.arange(18) < 8
+    torch.testing.assert_close(method.mean_matching(z, harmful, unbiased=True), mean_gap(one, other))
+    torch.testing.assert_close(method.covariance_matching(z, harmful, unbiased=True), covariance_gap(one, other))
+    for gap in (mean_gap, covariance_gap):
+        torch.testing.assert_close(gap(7 * one + 2, 7 * other + 2), gap(one, other))  # no scale, no shift
+
+
+def test_gaps_of_equal_distributions_are_zero_on_average_where_squared_differences_are_not():
+    """Of many draws of 16 a class in 20 dimensions: one distribution, then one class shifted and twice as wide."""
+    same = random(4000, 32, 20)
+    one, other = same[:, :16], same[:, 16:]
+    for gap in (mean_gap, covariance_gap):
+        found = gap(one, other)
+        assert abs(float(found.mean())) < 4 * float(found.std()) / 4000**0.5 + 0.02
+    assert float(mean_loss(one, other).mean()) > 0.1  # 2 / 16 by sampling alone
+    moved = one * 2 + 3
+    within, between = 20 * (4 + 1) / 2, 20 * 9
+    expected = between / (within * 30 / 31 + between * 8 / 31)  # of a total variance with 31 degrees of freedom
+    assert float(mean_gap(moved, other).mean()) == pytest.approx(expected, rel=0.03)
+    assert float(covariance_gap(moved, other).mean()) == pytest.approx(9 / 17, abs=0.03)  # 4 I and I; of a ratio
+
+
+def test_terms_are_multiples_of_their_scales_and_the_two_losses_are_weighted():
+    terms, scales = torch.tensor([[6.0, 2.0], [1.0, 3.0]]), torch.tensor([[3.0, 1.0], [1.0, 1.5]])
+    settings = Redistribution("mean and covariance", weight=10.0, kd_weight=4.0)
+    assert float(settings.weighted(terms, scales, torch.tensor(0.5))) == 10 * (2.0 + 1.5) + 2.0
+    nothing = torch.ones(0, 2)
+    assert float(settings.weighted(nothing, nothing, torch.tensor(0.5))) == 2.0
 
 
 @pytest.mark.parametrize("width", [3, 40])
@@ -139,6 +188,8 @@ def test_a_class_with_too_few_prompts_is_an_error_in_one_sentence_or_zero_as_pub
         with pytest.raises(ValueError, match=rf"^Matching a \w+ needs at least {few + 1} harmful .*batches\.$"):
             loss(z, harmful, norm)
         assert float(loss(z, harmful, norm, as_published=True)) == 0
+    with pytest.raises(ValueError, match=rf"needs at least {2 * (few + 1)} harmful"):
+        loss(random(2, 6, 8), kinds(2 * few + 1, 5 - 2 * few), norm, unbiased=True)
     enough = kinds(few + 1, 5)
     z = random(2, len(enough), 8)
     assert torch.equal(loss(z, enough, norm, as_published=True), loss(z, enough, norm))
@@ -150,11 +201,17 @@ def test_a_class_with_too_few_prompts_is_an_error_in_one_sentence_or_zero_as_pub
 
 @pytest.fixture(scope="module")
 def padded():
-    """Prompts of 3, 9 and 6 tokens, of which the last two have responses."""
-    return collate([Example((5,) * 3, 3), Example((5,) * 11, 9), Example((5,) * 10, 6)], PAD)
+    """Prompts of 3, 9 and 6 tokens, of which the first carries no loss."""
+    return collate([Example((5,) * n, 1) for n in LENGTHS], PAD)
 
 
 LENGTHS = (3, 9, 6)
+KINDS = ("last", "random", "template", "mean")
+
+
+def weights_of(batch, kind, generator, template_length=5):
+    pools = torch.full((len(batch.rows),), KINDS.index(kind))
+    return pool_weights(batch, pools, generator, template_length)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +223,16 @@ LENGTHS = (3, 9, 6)
     ],
 )
 def test_a_pool_is_the_mean_over_its_tokens_of_the_prompt(padded, kind, tokens):
-    hidden = random(2, 3, padded.ids.shape[1], 4)
-    shares = PoolShares(**{"last": 0.0, "random": 0.0, "template": 0.0, kind: 1.0})
-    got = pool(hidden, padded, shares, torch.Generator().manual_seed(0), template_length=4)
+    weights = weights_of(padded, kind, torch.Generator().manual_seed(0), 4)
     for row, n in enumerate(LENGTHS):
-        torch.testing.assert_close(got[:, row], hidden[:, row, list(tokens(n))].mean(1), rtol=0, atol=1e-6)
+        expected = torch.zeros(padded.ids.shape[1])
+        expected[list(tokens(n))] = 1 / len(tokens(n))
+        torch.testing.assert_close(weights[row], expected)
 
 
 def test_the_random_pool_is_a_half_of_the_prompts_tokens_and_another_one_each_time(padded):
-    shares, generator = PoolShares(0.0, 1.0, 0.0, 0.0), torch.Generator().manual_seed(0)
-    drawn = torch.stack([pool_weights(padded, shares, generator) for _ in range(400)])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([weights_of(padded, "random", generator) for _ in range(400)])
     for row, n in enumerate(LENGTHS):
         half = n // 2  # of all but the first
         assert torch.all((drawn[:, row] > 0).sum(1) == half)
@@ -186,26 +243,25 @@ def test_the_random_pool_is_a_half_of_the_prompts_tokens_and_another_one_each_ti
         assert (often - half / (n - 1)).abs().max() < 0.1  # four standard deviations
 
 
-def test_pools_are_drawn_for_each_prompt_with_their_shares_in_the_long_run():
-    batch = collate([Example((5,) * 13, 13)] * 4000, PAD)
-    weights = pool_weights(batch, PoolShares(0.1, 0.2, 0.3, 0.4), torch.Generator().manual_seed(0), 3)
-    size = (weights > 0).sum(1)
-    for tokens, share in ((1, 0.1), (6, 0.2), (3, 0.3), (12, 0.4)):
-        assert abs(float((size == tokens).float().mean()) - share) < 0.03
+@pytest.mark.parametrize("one", [False, True])
+def test_pools_are_drawn_with_their_shares_for_each_prompt_or_once_for_all(one):
+    generator, shares = torch.Generator().manual_seed(0), PoolShares(0.1, 0.2, 0.3, 0.4)
+    if one:
+        each = [draw_pools(shares, 7, generator, one=True) for _ in range(4000)]
+        assert all(len(pools) == 7 and len(set(pools.tolist())) == 1 for pools in each)
+        drawn = torch.stack(each)[:, 0]
+    else:
+        drawn = draw_pools(shares, 4000, generator)
+    for kind, share in enumerate(shares.each):
+        assert abs(float((drawn == kind).float().mean()) - share) < 0.03
 
 
-def test_a_prompt_trained_on_in_full_is_pooled_in_full(padded):
-    shares, generator = PoolShares(0.0, 0.0, 0.0, 1.0), torch.Generator().manual_seed(0)
-    whole = collate([Example((5,) * 8, 8).without_prompt(), Example((5,) * 4, 4).without_prompt()], PAD)
-    weights = pool_weights(whole, shares, generator)
-    torch.testing.assert_close(weights, torch.tensor([[0.0] + [1 / 7] * 7, [0.0] + [1 / 3] * 3 + [0.0] * 4]))
-    last = pool_weights(whole, PoolShares(1.0, 0.0, 0.0, 0.0), generator)
-    assert last.nonzero().tolist() == [[0, 7], [1, 3]]
-
-
-def test_the_only_token_of_a_prompt_counts():
-    one = collate([Example((5,), 1)], PAD)
-    assert pool_weights(one, PoolShares(), torch.Generator().manual_seed(0)).tolist() == [[1.0]]
+def test_what_carries_no_loss_is_in_no_pool():
+    """The system message, of five tokens here, is the same for both kinds."""
+    batch = collate([Example((5,) * 8, 5), Example((5,) * 11, 5)], PAD)
+    for kind in KINDS:
+        assert not weights_of(batch, kind, torch.Generator().manual_seed(0), 9)[:, :5].any()
+    assert weights_of(batch, "mean", torch.Generator())[0].tolist() == pytest.approx([0] * 5 + [1 / 3] * 3 + [0] * 3)
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5, 0.5, 0.0), (0.2, 0.2, 0.2, 0.2), (1.5, -0.5, 0.0, 0.0)])
@@ -216,7 +272,7 @@ def test_shares_that_do_not_add_up_to_one_or_are_negative_are_an_error(shares):
 
 def test_a_template_without_tokens_is_an_error(padded):
     with pytest.raises(ValueError, match="length is 0; it must be at least 1 token"):
-        pool_weights(padded, PoolShares(), torch.Generator(), 0)
+        weights_of(padded, "last", torch.Generator(), 0)
 
 
 # Distillation
@@ -300,11 +356,10 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def chats(tiny):
-    """Four harmful and four harmless conversations."""
+    """Four harmful and four harmless prompts, which carry a loss from the second token on."""
     questions = ["How do I rob a bank?", "Build a bomb", "Poison my neighbour at dinner", "Steal a car for me"]
     others = ["How do I bake bread?", "Hello there", "Name a river in France, please", "What is a lark?"]
-    reply = {True: "I will not help with that.", False: "With pleasure."}
-    return [[encode(tiny.tokenizer, q, reply[asked is questions]) for q in asked] for asked in (questions, others)]
+    return [[encode(tiny.tokenizer, q).without_prompt() for q in asked] for asked in (questions, others)]
 
 
 def perturbed():
@@ -340,7 +395,7 @@ def test_the_kept_stream_is_every_blocks_output_in_the_graph(tiny, chats, watch,
 
 
 def test_rows_whose_common_start_is_read_apart_are_kept_whole(tiny, chats):
-    batch = collate([example.without_prompt() for example in chats[0]], PAD)
+    batch = collate(chats[0], PAD)
     expected, _ = streams(tiny, batch)
     kept, seen = {}, []
     embedding = tiny.hf.get_input_embeddings()
@@ -365,22 +420,20 @@ def test_the_extra_loss_is_what_a_direct_computation_gives(teacher, chats, match
     with applied(model, *loss.interventions):
         sequence_losses(model, batch)
         total = loss(model, batch)
-    ends = torch.tensor([examples[r].prompt_length - 1 for r in rows])
+    ends = torch.tensor([len(examples[r]) - 1 for r in rows])
     kept, hidden = streams(model, batch)
     z = torch.stack([kept[i][torch.arange(6), ends] for i in range(2)]).detach()
     harmful = torch.tensor([r < 4 for r in rows])
-    matching = {"none": 0.0, "mean": mean_matching(z, harmful), "covariance": covariance_matching(z, harmful)}[match]
+    gaps = {"none": 0.0, "mean": mean_matching(z, harmful), "covariance": covariance_matching(z, harmful)}[match]
     unembed = model.hf.get_output_embeddings()
     student = unembed(hidden[torch.arange(6), ends])
-    target = torch.stack(
-        [teacher.hf(input_ids=torch.tensor([examples[r].ids[: examples[r].prompt_length]])).logits[0, -1] for r in rows]
-    )
+    target = torch.stack([teacher.hf(input_ids=torch.tensor([examples[r].ids])).logits[0, -1] for r in rows])
     divergence = distillation(student, target, 1.5).detach()
     assert float(divergence) > 1e-4
-    torch.testing.assert_close(total.detach(), 50 * matching + 2 * divergence, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total.detach(), 50 * gaps + 2 * divergence, rtol=1e-4, atol=1e-6)
     assert loss.records == [
         {
-            "matching": pytest.approx(float(matching), rel=1e-4),
+            "matching": pytest.approx(float(gaps), rel=1e-4),
             "distillation": pytest.approx(float(divergence), rel=1e-3),
         }
     ]
@@ -389,48 +442,73 @@ def test_the_extra_loss_is_what_a_direct_computation_gives(teacher, chats, match
     assert not teacher.hf.get_input_embeddings().weight.requires_grad
 
 
-def test_a_relative_weight_is_of_the_matching_at_the_first_batch(teacher, chats):
+def test_a_relative_weight_is_of_each_layers_term_at_the_first_batch(teacher, chats):
     model, examples = perturbed(), [*chats[0], *chats[1]]
     batches = [collate([examples[r] for r in rows], PAD, rows=rows) for rows in ([5, 0, 3, 6], [1, 4, 2, 7])]
-    found = {}
-    for relative in (False, True):
-        settings = Redistribution("mean", weight=3.0, kd_weight=0.0, relative=relative)
-        loss = settings.extra_loss(lambda row: row < 4, teacher=None, seed=0)
-        for batch in batches:
-            with applied(model, *loss.interventions):
-                sequence_losses(model, batch)
-                found.setdefault(relative, []).append(loss(model, batch).item())
-    assert found[True][0] == pytest.approx(3.0)
-    assert found[True][1] == pytest.approx(3.0 * found[False][1] / found[False][0], rel=1e-5)
+    seen = []
+    settings = Redistribution("mean", weight=3.0, kd_weight=0.0, relative=True, shares=PoolShares(1.0, 0.0, 0.0, 0.0))
+    loss = settings.extra_loss(lambda row: row < 4, teacher=None, seed=0)
+    found = []
+    for batch in batches:
+        kept, _ = streams(model, batch)
+        ends = batch.attention.sum(1) - 1
+        z = torch.stack([kept[i][torch.arange(4), ends] for i in range(2)])
+        seen.append(method.mean_matching(z, torch.tensor([r < 4 for r in batch.rows])))
+        with applied(model, *loss.interventions):
+            sequence_losses(model, batch)
+            found.append(loss(model, batch).item())
+    assert found[0] == pytest.approx(3.0)
+    assert found[1] == pytest.approx(3.0 * float((seen[1] / seen[0]).mean().detach()), rel=1e-4)
 
 
-def test_logits_after_a_prompt_do_not_depend_on_its_response_or_on_padding(teacher, chats):
+def test_a_relative_term_is_a_multiple_of_the_one_at_the_first_batch_of_its_kind_of_pool_and_a_share_is_none(teacher):
+    settings = Redistribution("covariance", weight=1.0, relative=True, one_pool=True)
+    loss = settings.extra_loss(lambda row: row < 4, teacher=teacher, seed=0)
+    harmful, first, other = kinds(6, 6), random(2, 12, 40), random(2, 12, 40, seed=1)
+    biased = {x: method.covariance_matching(z, harmful) for x, z in (("first", first), ("other", other))}
+    assert torch.equal(loss._scales(0, first, harmful)[0], biased["first"])
+    assert torch.equal(loss._scales(0, other, harmful)[0], biased["first"])
+    assert torch.equal(loss._scales(2, other, harmful)[0], biased["other"])
+    shares = replace(settings, unbiased=True).extra_loss(lambda row: row < 4, teacher=teacher, seed=0)
+    assert torch.equal(shares._scales(0, first, harmful)[0], torch.ones(2, dtype=torch.float64))
+    terms = settings.terms(first, harmful, unbiased=True)
+    torch.testing.assert_close(terms[0], method.covariance_matching(first, harmful, unbiased=True))
+
+
+def test_means_and_covariances_are_two_terms():
+    harmful, z = kinds(6, 6), random(2, 12, 40)
+    both = Redistribution("mean and covariance").terms(z, harmful)
+    one = [Redistribution(match).terms(z, harmful)[0] for match in ("mean", "covariance")]
+    assert torch.equal(both, torch.stack(one))
+
+
+def test_logits_after_a_prompt_do_not_depend_on_padding(teacher, chats):
     batch = collate(chats[0], PAD)
-    alone = [
-        prompt_logits(teacher, collate([Example(e.ids[: e.prompt_length], e.prompt_length)], PAD)) for e in chats[0]
-    ]
+    alone = [prompt_logits(teacher, collate([e], PAD)) for e in chats[0]]
     torch.testing.assert_close(prompt_logits(teacher, batch), torch.cat(alone), rtol=1e-4, atol=1e-6)
+    direct = teacher.hf(input_ids=torch.tensor([chats[0][1].ids])).logits[:, -1]
+    torch.testing.assert_close(alone[1], direct.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_as_published_a_covariance_is_never_matched_and_a_mean_only_in_mixed_pairs():
     harmful = torch.tensor([True, False, True, True, False, False, False, True])
     z = random(3, 8, 40)
-    assert float(Redistribution("covariance", as_published=True).matching(z, harmful)) == 0
-    assert float(Redistribution("covariance").matching(z, harmful)) > 0
+    assert float(matching(Redistribution("covariance", as_published=True), z, harmful)) == 0
+    assert float(matching(Redistribution("covariance"), z, harmful)) > 0
     pairs = [((z[:, i] - z[:, i + 1]) ** 2).mean() for i in (0, 6)]
-    got = Redistribution("mean", as_published=True).matching(z, harmful)
+    got = matching(Redistribution("mean", as_published=True), z, harmful)
     torch.testing.assert_close(got, sum(pairs) / 4)  # the two unmixed pairs count as 0
-    assert float(got) != pytest.approx(float(Redistribution("mean").matching(z, harmful)))
+    assert float(got) != pytest.approx(float(matching(Redistribution("mean"), z, harmful)))
 
 
 def test_micro_batches_are_consecutive_parts_that_each_need_both_classes():
     harmful = torch.tensor([True, False, True, False, False, False, True, True, False])
     z = random(3, 9, 12)
-    found = Redistribution("covariance", micro_batch=5).matching(z, harmful)
+    found = matching(Redistribution("covariance", micro_batch=5), z, harmful)
     parts = [covariance_matching(z[:, k : k + 5], harmful[k : k + 5]) for k in (0, 5)]
     torch.testing.assert_close(found, sum(parts) / 2)
     with pytest.raises(ValueError, match="Matching a covariance needs at least 2 harmful and 2 harmless prompts"):
-        Redistribution("covariance", micro_batch=3).matching(z, harmful)
+        matching(Redistribution("covariance", micro_batch=3), z, harmful)
 
 
 @pytest.mark.parametrize("match", ["mean", "covariance"])

@@ -9,15 +9,19 @@ import torch
 from helpers import corpora
 from helpers.chapters.refusal_redistribution import study as refusal
 from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
+from helpers.chapters.refusal_redistribution.attackers import FINETUNED, SEARCHED, Optimisation, searched
+from helpers.chapters.refusal_redistribution.damage import SCALES
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.sentiment import SentimentStudy
 from helpers.chapters.refusal_redistribution.study import ATTACKED, Kind, RefusalStudy, redistribute, redistribution
-from helpers.chat import encode
+from helpers.chat import Example, encode
+from helpers.forward import PromptSet
 from helpers.generation import generate
-from helpers.interventions import Ablate
+from helpers.interventions import Ablate, AblateAffine
 from helpers.losses import evaluate_losses
 from helpers.studies import alignment, study
 from helpers.studies.alignment import Recipe, align, own_openers, refusal_openers, taught_refusals
+from helpers.studies.margins import refusal_log_odds
 from helpers.studies.study import Finetuning
 
 
@@ -158,14 +162,17 @@ def test_an_aligned_model_is_taken_as_it_is_where_asked(exp, store):
         ("Cov", "covariance", "L2", 0.0, False),
         ("L1+KD", "mean", "L1", 1.0, False),
         ("Cov+KD", "covariance", "L2", 1.0, False),
+        ("Mean+Cov+KD", "mean and covariance", "L2", 1.0, False),
         ("Cov+KD as published", "covariance", "L2", 1.0, True),
     ],
 )
 def test_a_condition_is_its_loss(condition, match, norm, kd, as_published):
-    found = redistribution(condition, params())
-    assert (found.match, found.kd_weight, found.as_published) == (match, kd, as_published)
+    found = redistribution(condition, params(), 6)
+    assert (found.match, found.kd_weight > 0, found.as_published) == (match, kd > 0, as_published)
     assert match == "none" or found.norm == norm
-    assert found.weight == 1.0 and found.relative
+    assert found.weight == params().weight and found.relative and found.template_length == 6
+    assert found.one_pool != as_published
+    assert found.unbiased == ("Cov" in condition and not as_published)
 
 
 @pytest.mark.parametrize("condition", ["start", "Cov+DK", "LM as published"])
@@ -191,9 +198,12 @@ def test_conditions_are_trained_on_prompts_alone_and_start_from_the_start_model(
     tensors, facts = redistribute(exp, redistribution("Cov+KD", exp.params), recipe(steps=2))
     assert tensors.keys() == exp.start[0].tensors.keys()
     assert len(facts["terms"]) == 2
-    assert all(term["matching"] > 0 for term in facts["terms"])
+    assert all(term["matching"] != 0 for term in facts["terms"])
     assert facts["terms"][0]["distillation"] == pytest.approx(0, abs=1e-6)  # the student is still its own teacher
-    assert all(before == "<|im_start|>" and after.endswith("<|im_start|>assistant\n") for before, after in batches_of)
+    assert all(before.endswith("<|im_start|>user\n") for before, _ in batches_of)  # the system message has no loss
+    assert all(after.endswith("<|im_end|>\n<|im_start|>assistant\n") for _, after in batches_of)
+    asked = {text for texts in exp.train.values() for text in texts}
+    assert all(after.split("<|im_end|>")[0] in asked for _, after in batches_of)
 
 
 def test_as_published_the_weights_are_those_of_distillation_alone(exp):
@@ -222,6 +232,8 @@ def test_the_attackers_requests_are_none_that_a_condition_is_trained_on(exp):
         known = {row.request for row in corpora.load_refusal(kind, "train")}
         assert {*exp.attackers[kind]} | {*exp.train[kind]} == known
         assert not {*exp.attackers[kind]} & {*exp.train[kind]}
+    assert {*exp.train} == {*ATTACKED}  # no paired request is one that a condition is trained on
+    assert len(exp.attackers["paired"]) == exp.params.prompts
 
 
 def test_models_answer_more_held_out_requests_than_an_attack_is_judged_on(exp):
@@ -287,12 +299,79 @@ def test_an_attack_that_ends_early_leaves_what_its_last_direction_left(exp, star
     assert np.array_equal(judged.kl[1], judged.kl[2])
 
 
-def test_stronger_attackers_give_orthonormal_directions(exp, start):
-    found = exp.strongest(start)
-    assert list(found) == ["logistic probe", "LEACE", f"top {exp.params.k_max} subspace"]
-    for directions in found.values():
-        torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions)), atol=1e-5, rtol=0)
-    assert [len(d) for d in found.values()] == [1, 2, exp.params.k_max]
+def test_the_last_block_that_may_be_attacked_is_always_looked_at(exp, monkeypatch):
+    monkeypatch.setattr(refusal, "attacked_layers", lambda model: tuple(range(24)))
+    for stride, layers in ((1, tuple(range(24))), (3, (2, 5, 8, 11, 14, 17, 20, 23)), (10, (3, 13, 23))):
+        monkeypatch.setattr(exp, "params", params(stride=stride))
+        assert exp.settings.layers == layers
+
+
+@pytest.fixture(scope="module")
+def damaged(exp):
+    return exp.damage("start")
+
+
+def test_every_attacker_is_measured_by_every_rule_and_answers_come_from_one(exp, damaged):
+    asked = [(a, rule) for a in exp.params.attackers for rule in RULES.get(a, ("fitted",))]
+    assert [(attack.attacker, attack.rule) for attack in damaged.attacks] == asked
+    assert damaged.attackers == list(exp.params.attackers)
+    for attack in damaged.attacks:
+        points = len(FINETUNED.steps) if attack.attacker == "finetuned" else len(SCALES)
+        assert attack.curve.log_odds.shape == (points, exp.params.start_requests)
+        assert (attack.layer is None) == (attack.attacker == "finetuned")
+        answered = attack.rule in ("-1", "fitted")
+        assert len(attack.answers) == len(attack.refused) == answered * exp.params.start_requests
+    assert damaged.by("LEACE", "-1") is damaged.by("LEACE", "0")
+    with pytest.raises(ValueError, match=r"There is no attacker 'INLP' here; this run has means, affine, "):
+        damaged.by("INLP", "0")
+
+
+RULES = dict.fromkeys(SEARCHED, ("source", "0", "-1"))
+
+
+def test_a_curve_is_that_of_the_direction_that_the_attacker_took(exp, start, damaged):
+    found = exp.card()
+    for name in ("means, zero", "paired, affine"):
+        taken, measured = searched(found, name, "-1"), damaged.by(name, "-1")
+        assert (taken.layer, taken.position) == (measured.layer, measured.position)
+        prompts = exp.encoded(exp.held_out["harmful"])
+        ablation = AblateAffine(taken.directions, taken.centre)
+        odds = refusal_log_odds(PromptSet.of(start, prompts).last_logits(start, (ablation,)), exp.refusal_ids)
+        np.testing.assert_allclose(measured.curve.log_odds[SCALES.index(1.0)], odds, atol=1e-4)
+        limit = exp.params.max_new_tokens
+        assert list(measured.answers) == generate(start, prompts, max_new_tokens=limit, interventions=[ablation])
+
+
+def test_the_finetuning_attack_makes_compliant_answers_likelier_from_step_to_step(exp, start):
+    curve, answers = refusal.finetuned(exp, start, exp.made("start"))
+    assert curve.scales.tolist() == [0, 1, 2, 4, 8] and len(answers) == exp.params.start_requests
+    assert np.abs(curve.kl[0]).max() == pytest.approx(0, abs=1e-6)
+    assert np.all(np.diff(curve.kl.mean(1)) > 0)
+    trained = [row.request for row in FINETUNED.rows()]
+    assert len(trained) == 5 and not {*trained} & {text for texts in exp.held_out.values() for text in texts}
+    odds = refusal_log_odds(
+        PromptSet.of(start, exp.encoded(exp.held_out["harmful"])).last_logits(start), exp.refusal_ids
+    )
+    np.testing.assert_allclose(curve.log_odds[0], odds, atol=1e-4)
+
+
+def test_attackers_use_their_own_requests_alone(exp, start, monkeypatch):
+    """Nothing that is trained on or held out reaches an attacker."""
+    seen = []
+
+    def watched(function):
+        def watch(*given, **named):
+            seen.append(given)
+            return function(*given, **named)
+
+        return watch
+
+    for name in ("optimised_direction", "prompt_states"):
+        monkeypatch.setattr(refusal, name, watched(getattr(refusal, name)))
+    refusal.attacks(exp, start, exp.card(), Optimisation(steps=1))
+    own = {example for texts in exp.attackers.values() for example in exp.encoded(texts)}
+    read = {e for given in seen for part in given if isinstance(part, list) for e in part if isinstance(e, Example)}
+    assert read and read <= own
 
 
 def test_k_star_is_the_smallest_number_below_thirty_per_cent():
@@ -326,7 +405,7 @@ def test_both_sentiments_are_equally_often_in_both_splits(sentiment):
     assert not set(sentiment.train) & set(sentiment.test)
 
 
-def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_over_its_tokens(sentiment):
+def test_states_are_those_of_the_last_token_of_what_is_asked_and_losses_over_all_tokens(sentiment):
     found = sentiment.states(None)
     model = sentiment.base
     ids = torch.tensor([sentiment.texts(sentiment.test[:1])[0].ids])
@@ -336,7 +415,8 @@ def test_states_are_means_over_a_reviews_tokens_in_the_last_block_and_losses_ove
     assert found.losses[0] == pytest.approx(loss.item(), abs=1e-5)
     assert found.losses.shape == (40,)
     last = cache[f"blocks.{model.layers - 1}.hook_resid_post"][0]
-    np.testing.assert_allclose(found.test[0], last[1:].mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.test[0], last[-1], atol=1e-5)
+    assert model.tokenizer.decode(ids[0]).endswith(f"{sentiment.test[0]}\nSentiment:")
     assert found.train.shape == found.test.shape == (40, model.width)
 
 
@@ -352,12 +432,18 @@ def test_training_losses_are_kept_by_step(sentiment):
     assert len(sentiment.states(0.0).training) == sentiment.params.sentiment_steps
 
 
-def test_matching_the_means_brings_them_together(store):
+def test_matching_brings_means_or_covariances_together(store):
     exp = SentimentStudy(params(sentiment_steps=30, learning_rate=1e-2, batch_size=16))
-    gap = {
-        weight: np.linalg.norm(
-            exp.states(weight).train[exp.train_labels].mean(0) - exp.states(weight).train[~exp.train_labels].mean(0)
-        )
-        for weight in (0.0, 1e5)
-    }
-    assert gap[1e5] < 0.5 * gap[0.0]
+    labels = exp.train_labels
+
+    def gap(states):
+        return np.linalg.norm(states[labels].mean(0) - states[~labels].mean(0))
+
+    plain = exp.states(0.0).train
+    assert gap(exp.states(10.0).train) < 0.5 * gap(plain)
+
+    def spread(states):
+        return np.linalg.norm(np.cov(states[labels].T) - np.cov(states[~labels].T)) / np.linalg.norm(np.cov(states.T))
+
+    assert spread(exp.states(10.0, "covariance").train) < spread(plain)
+    assert exp.states(0.0, "covariance").train.shape == plain.shape
