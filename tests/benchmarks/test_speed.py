@@ -24,13 +24,6 @@ from helpers.chapters.pps_gradient_reversal.params import PreventativeSteeringPa
 from helpers.chapters.prompt_only_steering.method import Pair, Run, States, train_vectors
 from helpers.chapters.prompt_only_steering.params import PromptOnlyParams
 from helpers.chapters.prompt_only_steering.study import SteeringMethod, SteeringStudy
-from helpers.chapters.refusal_redistribution.attack import (
-    candidate_directions,
-    choose,
-    header_positions,
-    score_by_halving,
-    score_exhaustively,
-)
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.study import RefusalStudy
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
@@ -40,6 +33,13 @@ from helpers.generation import generate
 from helpers.gradients import activation_gradients, pile_gradient
 from helpers.losses import evaluate_losses, sequence_sums
 from helpers.models import LoRA, load, plain_model
+from helpers.studies.attack import (
+    candidate_directions,
+    choose,
+    header_positions,
+    score_by_halving,
+    score_exhaustively,
+)
 from helpers.studies.defences import preventative_steering
 from helpers.training import finetune, finetune_stack
 

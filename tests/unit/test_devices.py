@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from helpers.activations import PersonaVectorFitter
-from helpers.chapters.refusal_redistribution.attack import (
+from helpers.chat import encode
+from helpers.models import load
+from helpers.probes import orthonormal
+from helpers.studies.attack import (
     probe_direction,
     score_exhaustively,
     top_subspace,
 )
-from helpers.chat import encode
-from helpers.models import load
-from helpers.probes import orthonormal
 
 
 class Apple(torch.Tensor):

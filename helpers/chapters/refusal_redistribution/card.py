@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from helpers.chapters.refusal_redistribution.attack import (
+from helpers.chat import Example
+from helpers.models import Model
+from helpers.studies.alignment import Behaviour, Row, behaviour, rows
+from helpers.studies.attack import (
     Candidate,
     Scores,
     attacked_layers,
@@ -22,9 +25,6 @@ from helpers.chapters.refusal_redistribution.attack import (
     score_exhaustively,
     site_means,
 )
-from helpers.chat import Example
-from helpers.models import Model
-from helpers.studies.alignment import Behaviour, Row, behaviour, rows
 
 Mode = Literal["zero", "affine"]
 """Where ablation moves a component: to zero, or to the mean of harmless prompts."""

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.chapters.refusal_redistribution.attack import (
+from helpers.chat import encode
+from helpers.forward import PromptSet
+from helpers.interventions import READ_AND_WRITTEN, Ablate, AblateAffine, Steer, applied
+from helpers.models import load
+from helpers.probes import orthonormal
+from helpers.studies.attack import (
     AttackSettings,
     Scores,
     SuccessiveHalving,
@@ -31,11 +36,6 @@ from helpers.chapters.refusal_redistribution.attack import (
     site_means,
     top_subspace,
 )
-from helpers.chat import encode
-from helpers.forward import PromptSet
-from helpers.interventions import READ_AND_WRITTEN, Ablate, AblateAffine, Steer, applied
-from helpers.models import load
-from helpers.probes import orthonormal
 from helpers.studies.margins import refusal_log_odds
 
 WIDTH = 32
