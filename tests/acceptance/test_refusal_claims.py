@@ -6,10 +6,10 @@ Models and answers are as in the chapter, made anew.
 
 import pytest
 
+from helpers.chapters.refusal_redistribution.attack import SUPPRESSED
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.study import RefusalStudy
 from helpers.judges.refusal import is_refusal
-from helpers.studies.attack import SUPPRESSED
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.taught]
 

@@ -33,14 +33,9 @@ from helpers.generation import generate
 from helpers.gradients import activation_gradients, pile_gradient
 from helpers.losses import evaluate_losses, sequence_sums
 from helpers.models import LoRA, load, plain_model
-from helpers.studies.attack import (
-    candidate_directions,
-    choose,
-    header_positions,
-    score_by_halving,
-    score_exhaustively,
-)
+from helpers.studies.ablation_scores import choose, score_by_halving, score_exhaustively
 from helpers.studies.defences import preventative_steering
+from helpers.studies.directions import candidate_directions, header_positions
 from helpers.training import finetune, finetune_stack
 
 PARAMS = PreventativeSteeringParams(preset="quick")

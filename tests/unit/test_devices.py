@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from helpers.activations import PersonaVectorFitter
+from helpers.chapters.refusal_redistribution.attack import probe_direction, top_subspace
 from helpers.chat import encode
 from helpers.models import load
 from helpers.probes import orthonormal
-from helpers.studies.attack import (
-    probe_direction,
-    score_exhaustively,
-    top_subspace,
-)
+from helpers.studies.ablation_scores import score_exhaustively
 
 
 class Apple(torch.Tensor):

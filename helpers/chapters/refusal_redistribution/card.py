@@ -13,18 +13,9 @@ from typing import Literal
 
 from helpers.chat import Example
 from helpers.models import Model
+from helpers.studies.ablation_scores import Candidate, Scores, candidate_table, score_exhaustively
 from helpers.studies.alignment import Behaviour, Row, behaviour, rows
-from helpers.studies.attack import (
-    Candidate,
-    Scores,
-    attacked_layers,
-    by_behaviour,
-    candidate_directions,
-    candidate_table,
-    header_positions,
-    score_exhaustively,
-    site_means,
-)
+from helpers.studies.directions import attacked_layers, by_behaviour, candidate_directions, header_positions, site_means
 
 Mode = Literal["zero", "affine"]
 """Where ablation moves a component: to zero, or to the mean of harmless prompts."""

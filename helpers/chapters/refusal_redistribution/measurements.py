@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from helpers.chapters.refusal_redistribution.attack import SUPPRESSED, Coherence, smallest_k
 from helpers.statistics import ROUNDING, Estimate, auroc, auroc_difference, mean_estimate, share, share_difference
-from helpers.studies.attack import SUPPRESSED, Coherence, smallest_k
 from helpers.verdicts import NOT_MEASURED, Control, Measurement
 
 Refusals = Bool[np.ndarray, " request"]

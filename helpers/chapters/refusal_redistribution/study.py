@@ -18,6 +18,13 @@ from torch import Tensor
 
 from helpers import corpora
 from helpers.artifacts import Artifact
+from helpers.chapters.refusal_redistribution.attack import (
+    AttackSettings,
+    coherent,
+    iterated_ablation,
+    probe_direction,
+    top_subspace,
+)
 from helpers.chapters.refusal_redistribution.method import Redistribution
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chat import Answer, answer_facts, answers_of, balanced_batches
@@ -29,20 +36,9 @@ from helpers.losses import kl_divergence
 from helpers.models import Model, finetuned_digest, release_memory
 from helpers.probes import fit_leace, orthonormal
 from helpers.progress import progress
+from helpers.studies.ablation_scores import SuccessiveHalving
 from helpers.studies.alignment import AlignedStudy, own_openers, refusal_openers
-from helpers.studies.attack import (
-    AttackSettings,
-    ByBehaviour,
-    SuccessiveHalving,
-    attacked_layers,
-    by_behaviour,
-    candidate_directions,
-    coherent,
-    iterated_ablation,
-    probe_direction,
-    prompt_states,
-    top_subspace,
-)
+from helpers.studies.directions import ByBehaviour, attacked_layers, by_behaviour, candidate_directions, prompt_states
 from helpers.studies.study import Finetuning
 
 Condition = Literal["start", "LM", "LM+KD", "L1", "Cov", "L1+KD", "Cov+KD", "Cov+KD as published"]

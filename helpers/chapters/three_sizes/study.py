@@ -20,26 +20,21 @@ from torch.nn.functional import cross_entropy
 from helpers import corpora
 from helpers.activations import mean_activations
 from helpers.artifacts import Artifact
-from helpers.chapters.three_sizes.measurements import Gradients, Readings, States
 from helpers.chapters.three_sizes.params import ThreeSizesParams
+from helpers.chapters.three_sizes.readings import Gradients, Readings, States
 from helpers.chat import Example, answer_facts, answers_of
 from helpers.gradients import gradient_statistics, loss_along
 from helpers.interventions import Intervention, Steer, applied
 from helpers.losses import evaluate_losses, kl_divergence, response_logits
 from helpers.models import Model, finetuned_digest
+from helpers.studies.ablation_scores import Candidate, Scores, candidate_table, choose, least_kl, score_exhaustively
 from helpers.studies.alignment import AlignedStudy, Behaviour, behaviour, own_openers, refusal_openers
-from helpers.studies.attack import (
-    Candidate,
-    Scores,
+from helpers.studies.directions import (
     ablating,
     attacked_layers,
     by_behaviour,
     candidate_directions,
-    candidate_table,
-    choose,
-    least_kl,
     prompt_states,
-    score_exhaustively,
     unit,
 )
 from helpers.studies.margins import behaviour_margins
@@ -74,7 +69,7 @@ class SizeStudy(AlignedStudy[ThreeSizesParams]):
     """One model: the first that its parameters name."""
 
     def __init__(self, params: ThreeSizesParams) -> None:
-        super().__init__(params, weights="cast")
+        super().__init__(params)
         self.layer = int(params.depth * self.base.layers)
         tokenizer = self.base.tokenizer
         taught = params.start == "taught"
@@ -83,10 +78,13 @@ class SizeStudy(AlignedStudy[ThreeSizesParams]):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the model is, for a table; weights of a head that is tied to the embedding count once."""
+        """What the model is, for a table; its weights are counted without the output matrix, which makers tie to the
+        embedding and quantised files hold apart."""
+        hf = self.base.hf
+        inner = {*hf.parameters()} - {hf.get_output_embeddings().weight} | {hf.get_input_embeddings().weight}
         return {
             "model": self.base.name,
-            "weights": sum(p.numel() for p in set(self.base.hf.parameters())),
+            "weights": sum(p.numel() for p in inner),
             "blocks": self.base.layers,
             "block": self.layer,
             "width": self.base.width,
@@ -98,7 +96,7 @@ class SizeStudy(AlignedStudy[ThreeSizesParams]):
     @cached_property
     def start_model(self) -> Model:
         """The model that refuses: the base model, taught where it has to be."""
-        return self.load(self.start, weights="cast") if self.start else self.base
+        return self.load(self.start, weights="frozen") if self.start else self.base
 
     @property
     def digest(self) -> str:

@@ -10,9 +10,10 @@ from helpers.activations import PersonaVector
 from helpers.book import source
 from helpers.book.source import LONGEST, WIDEST, show_source
 from helpers.chapters.looking_inside.method import PlantedStream
+from helpers.chapters.refusal_redistribution.attack import iterated_ablation
 from helpers.gradients import ActivationGradients
 from helpers.interventions import Ablate, Steer, edit_component
-from helpers.studies.attack import choose, iterated_ablation
+from helpers.studies.ablation_scores import choose
 
 PROJECT = Path(__file__).resolve().parents[3]
 

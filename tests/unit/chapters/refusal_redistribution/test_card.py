@@ -5,14 +5,9 @@ import torch
 
 from helpers.chapters.refusal_redistribution.card import card
 from helpers.chat import encode
+from helpers.studies.ablation_scores import score_exhaustively
 from helpers.studies.alignment import behaviour, rows
-from helpers.studies.attack import (
-    by_behaviour,
-    candidate_directions,
-    header_positions,
-    score_exhaustively,
-    site_means,
-)
+from helpers.studies.directions import by_behaviour, candidate_directions, header_positions, site_means
 
 HALF = list(range(24_576))
 """A refusal by half of the vocabulary, which a random model is as likely to begin with as not."""

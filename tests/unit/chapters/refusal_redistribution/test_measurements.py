@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from helpers.chapters.refusal_redistribution import measurements as measured
+from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
 from helpers.chapters.refusal_redistribution.measurements import Attacked
 from helpers.statistics import Estimate
-from helpers.studies.attack import coherent, smallest_k
 from helpers.verdicts import Control
 
 N, TRIED = 40, 8

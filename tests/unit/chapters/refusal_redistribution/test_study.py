@@ -8,6 +8,7 @@ import torch
 
 from helpers import corpora
 from helpers.chapters.refusal_redistribution import study as refusal
+from helpers.chapters.refusal_redistribution.attack import coherent, smallest_k
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.sentiment import SentimentStudy
 from helpers.chapters.refusal_redistribution.study import ATTACKED, Kind, RefusalStudy, redistribute, redistribution
@@ -17,7 +18,6 @@ from helpers.interventions import Ablate
 from helpers.losses import evaluate_losses
 from helpers.studies import alignment, study
 from helpers.studies.alignment import Recipe, align, own_openers, refusal_openers, taught_refusals
-from helpers.studies.attack import coherent, smallest_k
 from helpers.studies.study import Finetuning
 
 

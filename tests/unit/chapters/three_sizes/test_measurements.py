@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.chapters.three_sizes import measurements as sizes
-from helpers.chapters.three_sizes.measurements import Gradients, Readings, States
+from helpers.chapters.three_sizes.readings import Gradients, Readings, States
 from helpers.chat import Answer
 from helpers.statistics import Estimate
 from helpers.studies.alignment import Behaviour

@@ -9,7 +9,7 @@ from helpers.chapters.three_sizes.params import ThreeSizesParams, family
 from helpers.chapters.three_sizes.study import KINDS, SizeStudy, along_normal
 from helpers.interventions import Steer
 from helpers.params import ParameterError
-from helpers.studies.attack import ablating
+from helpers.studies.directions import ablating
 from helpers.studies.margins import behaviour_margins, opening_log_odds
 
 

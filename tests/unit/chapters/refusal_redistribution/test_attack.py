@@ -7,34 +7,38 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.chapters.refusal_redistribution.attack import (
+    AttackSettings,
+    damage_at,
+    damage_curve,
+    iterated_ablation,
+    probe_direction,
+    top_subspace,
+)
 from helpers.chat import encode
 from helpers.forward import PromptSet
 from helpers.interventions import READ_AND_WRITTEN, Ablate, AblateAffine, Steer, applied
 from helpers.models import load
 from helpers.probes import orthonormal
-from helpers.studies.attack import (
-    AttackSettings,
+from helpers.studies.ablation_scores import (
     Scores,
     SuccessiveHalving,
     _Scorer,
+    candidate_table,
+    choose,
+    least_kl,
+    ranking,
+    score_by_halving,
+    score_exhaustively,
+)
+from helpers.studies.directions import (
     ablating,
     attacked_layers,
     by_behaviour,
     candidate_directions,
-    candidate_table,
-    choose,
-    damage_at,
-    damage_curve,
     difference_of_means,
     header_positions,
-    iterated_ablation,
-    least_kl,
-    probe_direction,
-    ranking,
-    score_by_halving,
-    score_exhaustively,
     site_means,
-    top_subspace,
 )
 from helpers.studies.margins import refusal_log_odds
 
