@@ -22,11 +22,9 @@ def check_machine(params: Params) -> None:
     Raises:
         ParameterError: for a model, a device or a results folder that is not to be had.
     """
-    for field in ("model", "sentiment_model", "others"):
-        if field in type(params).model_fields:
-            named = getattr(params, field)
-            for model in (named,) if isinstance(named, str) else named:
-                _check_model(field, model)
+    for name in ("model", "sentiment_model"):
+        if name in type(params).model_fields:
+            _check_model(name, getattr(params, name))
     _check_device(params.device)
     try:
         check_writable(params.folder)

@@ -14,7 +14,7 @@ from helpers.studies.margins import behaviour_margins, opening_log_odds
 
 
 @pytest.fixture(scope="module")
-def exp():
+def exp(store):
     return SizeStudy(ThreeSizesParams(preset="tiny", dtype="float32", start="as it is"))
 
 
