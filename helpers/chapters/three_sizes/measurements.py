@@ -234,14 +234,14 @@ def said(found: Sequence[Change]) -> str:
     if not found:
         return "One model alone says nothing of size."
     sentences = []
-    for same, opening in ((True, "Within one family"), (False, "Between families, which differ in more than size")):
+    for same, opening in ((True, "Within one family"), (False, "Between two families")):
         for smaller, larger in dict.fromkeys((c.smaller, c.larger) for c in found if c.same_family == same):
             of = [c for c in found if (c.smaller, c.larger) == (smaller, larger)]
             moved = [f"{c.measure} ({c.by:+.2f})" for c in of if c.decided]
             left = [c.measure for c in of if not c.decided]
             sentences.append(
-                f"{opening}, from {smaller} to {larger}, {len(moved)} of {len(of)} numbers change by more than their "
-                f"intervals allow for nothing: {_listed(moved)}. Undecided: {_listed(left)}."
+                f"{opening}: from {smaller} to {larger}, {len(moved)} of {len(of)} numbers differ, by an interval that "
+                f"excludes zero: {_listed(moved)}. Undecided: {_listed(left)}."
             )
     return " ".join(sentences)
 

@@ -125,8 +125,8 @@ def test_changes_are_told_by_family_and_by_what_their_intervals_decide():
     assert [(c.measure, c.decided) for c in found if c.same_family] == [("KL", True), ("a*", False)]
     assert not any(c.decided for c in found if not c.same_family)
     said = sizes.said(found)
-    assert f"Within one family, from {MIDDLE} to {LARGE}, 1 of 2" in said and "KL (+0.40 [+0.26, +0.54])" in said
-    assert f"Between families, which differ in more than size, from {SMALL} to {MIDDLE}, 0 of 2" in said
+    assert f"Within one family: from {MIDDLE} to {LARGE}, 1 of 2" in said and "KL (+0.40 [+0.26, +0.54])" in said
+    assert f"Between two families: from {SMALL} to {MIDDLE}, 0 of 2" in said
 
 
 def test_one_model_and_a_number_that_is_missing_say_nothing_of_size():
