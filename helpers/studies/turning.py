@@ -15,7 +15,10 @@ GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of a persona vector at which losses and slopes are taken."""
 
 
-def turning_point(coefficients: Sequence[float], slopes: Float[np.ndarray, " point"]) -> float:
+def turning_point(
+    coefficients: Sequence[float],
+    slopes: Float[np.ndarray, " point"],
+) -> float:
     """The first coefficient at which slopes turn from below 0 to above, on a line between points; NaN without one."""
     for i in range(len(slopes) - 1):
         if slopes[i] <= 0 < slopes[i + 1]:

@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,8 @@ from helpers.chapters.prompt_only_steering.study import SteeringMethod, Steering
 from helpers.chapters.refusal_redistribution.params import RefusalParams
 from helpers.chapters.refusal_redistribution.sentiment import SentimentStudy
 from helpers.chapters.refusal_redistribution.study import RefusalStudy
+from helpers.chapters.three_sizes.params import ThreeSizesParams
+from helpers.chapters.three_sizes.study import SizeStudy
 from helpers.chapters.weight_diff_steering.method import WeightVector
 from helpers.chapters.weight_diff_steering.params import WeightSteeringParams
 from helpers.chapters.weight_diff_steering.study import WeightStudy
@@ -54,6 +57,14 @@ class Asking(Store):
         raise Asked(stage, compute, inputs)
 
 
+def sizes():
+    """The study of chapter 8, for stages that need what others found."""
+    exp = SizeStudy(ThreeSizesParams(start="as it is", **GIVEN))
+    exp.vector = lambda trait: torch.ones(32)
+    exp.slopes = lambda: np.array([[-1.0], [0.0], [1.0]])
+    return exp
+
+
 @pytest.fixture(scope="module")
 def chapters(tmp_path_factory):
     """Every chapter's experiment on the tiny model."""
@@ -80,6 +91,7 @@ def chapters(tmp_path_factory):
             "sentiment": SentimentStudy(RefusalParams(**GIVEN)),
             "filtering": FilteringStudy(FilteringParams(start="as it is", **GIVEN)),
             "steering": SteeringStudy(PromptOnlyParams(**GIVEN)),
+            "sizes": sizes(),
         }
 
 
@@ -139,6 +151,16 @@ STAGES = {
         "steering-means": lambda exp: exp.difference_in_means(),
         "steering-answers": lambda exp: exp._generate([(SteeringMethod("LoRA"), 0, "Why?")], exp.params.max_new_tokens),
     },
+    "sizes": {
+        "size-vector": lambda exp: SizeStudy.vector(exp, exp.params.trait),
+        "size-slopes": lambda exp: SizeStudy.slopes(exp),
+        "size-gradients": lambda exp: exp.gradients(),
+        "size-prompts": lambda exp: exp.prompted(),
+        "size-steering": lambda exp: exp.steered(),
+        "size-direction": lambda exp: exp.direction(),
+        "size-behaviour": lambda exp: exp.card(),
+        "size-states": lambda exp: exp.states(),
+    },
     "alignment": {
         "own-answers": lambda model: own_answers(model, ["Why?"], 3),
         "aligned": lambda model: align(model, Recipe()),
@@ -158,6 +180,7 @@ PLACES = {
     "sentiment": "chapters/refusal_redistribution/sentiment.py",
     "filtering": "chapters/fihs_filtering/study.py",
     "steering": "chapters/prompt_only_steering/study.py",
+    "sizes": "chapters/three_sizes/study.py",
     "quantized": "quantized.py",
 }
 """The modules that compute stages."""
@@ -358,6 +381,16 @@ READ = {
             "concepts": ("pirate", "weather"),
         },
     },
+    "sizes": {
+        "size-vector": {"trait": "pirate"},
+        "size-slopes": {"trait": "pirate", "sequences": 3, "coefficients": (0.0, 9.0)},
+        "size-gradients": {"trait": "pirate", "sequences": 3, "coefficients": (0.0, 2.0, 4.0)},
+        "size-prompts": {"trait": "pirate", "pairs": 3, "per_kind": 2},
+        "size-steering": {"concept": "evil", "pairs": 3, "scales": (9.0,)},
+        "size-direction": {"prompts": 2, "scored_on": 2},
+        "size-behaviour": {"requests": 3, "max_new_tokens": 5},
+        "size-states": {"probed": 5, "requests": 3},
+    },
 }
 
 
@@ -369,9 +402,11 @@ def test_a_parameter_that_the_computation_reads_is_in_the_key(chapters, module, 
     usual, call = chapters[module], STAGES[module][stage]
     other = copy.copy(usual)
     given = {**usual.params.model_dump(), name: READ[module][stage][name]}
-    if name == "trait":
+    if name == "trait" and "other_traits" in given:
         del given["other_traits"]  # the trait is one of them
     other.params = type(usual.params)(**given)
+    if module == "sizes":
+        vars(other).pop("asked", None)  # the test requests of other parameters
     if module == "steering":
         other.concepts, other._pairs = other.params.concepts, {}
     assert asked(call, other).key != asked(call, usual).key

@@ -1,11 +1,13 @@
 """Parameters of the chapter on filtering data by gradients."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from helpers import corpora
 from helpers.params import BATCH, EACH, MORE, TIME, check_count
+from helpers.registry import REGISTRY
 from helpers.studies.params import AlignedParams
 
 
@@ -54,7 +56,10 @@ class FilteringParams(AlignedParams):
     )
     probes: int = Field(ge=1, le=40, description="harmful requests behind the safety score", json_schema_extra=TIME)
     unsafe_token: str = Field(min_length=1, description="first token of an unsafe answer, in the safety score")
-    safe_token: str = Field(min_length=1, description="first token of a safe answer, in the safety score")
+    safe_token: str = Field(
+        min_length=1,
+        description="first token of a safe answer, in the safety score; of a registered model, its commonest refusal's",
+    )
     requests: int = Field(
         ge=2, le=60, description="harmful test requests that every finetuned model is asked", json_schema_extra=TIME
     )
@@ -93,6 +98,13 @@ class FilteringParams(AlignedParams):
         ge=0, le=1, description="share of the unfiltered model's utility that a filtered one has to keep"
     )
     search_steps: int = Field(ge=1, le=20, description="thresholds that the search may try", json_schema_extra=TIME)
+
+    @classmethod
+    def _complete(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        values = super()._complete(given)
+        if given.get("safe_token") is None and values["model"] in REGISTRY:
+            values["safe_token"] = REGISTRY[values["model"]].openers[0]
+        return values
 
     @model_validator(mode="after")
     def _enough(self) -> "FilteringParams":

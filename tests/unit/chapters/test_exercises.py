@@ -39,6 +39,12 @@ def cosine_of_mean(gradients, vector, mask):
     return torch.stack([F.cosine_similarity(row, vector, dim=0) for row in mean])
 
 
+def mover(first, second):
+    value = first[0] - second[0]
+    down = math.hypot(first[0] - first[1], second[2] - second[0])
+    return value, value - down, value + math.hypot(first[2] - first[0], second[0] - second[1])
+
+
 def unit_random(vector, seed):
     drawn = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     return drawn / drawn.norm()
@@ -213,6 +219,9 @@ def edit(mode):
         (exercises.check_fihs, lambda g, s: -g @ s),
         (exercises.check_safety_score, lambda z, unsafe, safe: (z[:, unsafe] - z[:, safe]).mean()),
         (exercises.check_crossing, crossing),
+        (exercises.check_specific_gain, lambda s, sp, n, np_: (s - sp) - (n - np_)),
+        (exercises.check_equal_kl, lambda k, g, x: np.interp(x, np.append(0, k), np.append(0, g))),
+        (exercises.check_difference, mover),
         (exercises.check_difference_of_differences, did),
         (exercises.check_ends, ends),
         (exercises.check_feature_step, feature_step),
@@ -291,6 +300,16 @@ def test_a_right_answer_is_right(check, answer, capsys):
         (exercises.check_crossing, lambda a, b, s, v, w: (a + b) / 2, "this is the midpoint"),
         (exercises.check_crossing, lambda a, b, s, v, w: crossing(a, b, s, w, v), "away from it"),
         (QUESTIONS["fihs_filtering", "sign"], "a", "filtering is by rank"),
+        (exercises.check_specific_gain, lambda s, sp, n, np_: s - sp, "the raw gain"),
+        (exercises.check_specific_gain, lambda s, sp, n, np_: (n - np_) - (s - sp), "sign is turned"),
+        (exercises.check_specific_gain, lambda s, sp, n, np_: (s - sp) + (n - np_), "are added"),
+        (exercises.check_equal_kl, lambda k, g, x: np.interp(x, k, g), "before the first scale"),
+        (exercises.check_equal_kl, lambda k, g, x: g[abs(k - x).argmin()], "the nearest scale"),
+        (exercises.check_equal_kl, lambda k, g, x: g.max(), "the largest gain"),
+        (exercises.check_difference, lambda a, b: (a[0] - b[0], a[1] - b[2], a[2] - b[1]), "too wide"),
+        (exercises.check_difference, lambda a, b: mover(a, (b[0], 2 * b[0] - b[2], 2 * b[0] - b[1])), "a high second"),
+        (QUESTIONS["three_sizes", "scaling"], "a", "models in general"),
+        (QUESTIONS["three_sizes", "taught"], "a", "size is not all that differs"),
         (exercises.check_difference_of_differences, lambda *losses: -did(*losses), "the sign is wrong"),
         (exercises.check_difference_of_differences, lambda a, b, c, d: b - a, "on trait answers alone"),
         (exercises.check_difference_of_differences, lambda a, b, c, d: c - a, "the placebo is left out"),

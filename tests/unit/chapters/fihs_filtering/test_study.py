@@ -1,10 +1,13 @@
 """Mixtures, scores and outcomes of chapter 5 are of the right data, and made once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from helpers import corpora
+from helpers.chapters.fihs_filtering import params as filtering_params
 from helpers.chapters.fihs_filtering import study as filtering
 from helpers.chapters.fihs_filtering.method import SafetyScore, fihs
 from helpers.chapters.fihs_filtering.params import FilteringParams
@@ -55,6 +58,16 @@ def test_what_is_measured_on_is_nowhere_trained_on_or_chosen_by(exp):
         assert len(e.anchors) == ANCHORS
         taught = {row.request for row in corpora.load_refusal(split="train")}
         assert not taught & ({*e.probes, *e.checks, *e.attacks} | {a.request for a in e.anchors})
+
+
+def test_the_safe_token_is_the_commonest_opener_of_the_model_s_own_refusals(monkeypatch):
+    name = "qwen2.5-coder-0.5b-instruct"
+    known = filtering_params.REGISTRY
+    assert FilteringParams(model=name).safe_token == known[name].openers[0]
+    monkeypatch.setattr(filtering_params, "REGISTRY", {**known, name: replace(known[name], openers=("As", "I"))})
+    assert FilteringParams(model=name).safe_token == "As"
+    assert FilteringParams(model=name, safe_token="No").safe_token == "No"
+    assert FilteringParams(model="someone/a-model").safe_token == "I"
 
 
 def test_disguised_points_are_the_explicit_ones_with_the_safe_token_first(exp):

@@ -1,0 +1,1 @@
+"""Chapter `three_sizes`: its parameters, mathematics, stages, measurements and exercises."""
