@@ -68,5 +68,5 @@ def equal_dose(wanted: float, doses: Sequence[float], protection: Sequence[float
         if p[i] >= wanted:
             return a[i]
         if p[i + 1] >= wanted:
-            return a[i] + (wanted - p[i]) / (p[i + 1] - p[i]) * (a[i + 1] - a[i])
+            return a[i] + float((wanted - p[i]) / (p[i + 1] - p[i])) * (a[i + 1] - a[i])
     return a[-1]
