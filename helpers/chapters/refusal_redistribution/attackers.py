@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from helpers import corpora
+from helpers.chapters.refusal_redistribution.params import Attacker
 from helpers.chat import Example
 from helpers.corpora import PointRow
 from helpers.forward import PromptSet, read, read_beginning, unembed
@@ -29,18 +30,6 @@ from helpers.studies.card import Contrast, Mode, Search
 from helpers.studies.directions import unit
 from helpers.studies.margins import refusal_log_odds
 
-Attacker = Literal[
-    "means, zero",
-    "means, affine",
-    "paired, zero",
-    "paired, affine",
-    "residualised, affine",
-    "LEACE",
-    "logistic probe",
-    "optimised",
-    "random",
-    "finetuned",
-]
 SEARCHED: Mapping[Attacker, tuple[Contrast, Mode]] = {
     "means, zero": ("harmless", "zero"),
     "means, affine": ("harmless", "affine"),
